@@ -1,0 +1,85 @@
+// Storage formats: how one logical tensor lies in memory. The rule never sees them, the walks never look inside.
+//
+// A format is a small class made from its column pointers, with
+//   Acc                     the accumulation type its elements are computed in
+//   kColumns                how many pointers of a table row it takes
+//   kBytes                  bytes an element, over all its columns
+//   kBlock                  how many consecutive elements are stored together: 1, or the size of a scale block
+//   load(i) -> Acc          element i
+//   store(i, x)             element i, rounded to nearest even once, when kBlock == 1
+// and, when kBlock > 1, instead of store(i, x)
+//   Reduction               what a block's store needs to know of all its elements (a largest magnitude, say)
+//   reduce(Reduction&, x)   folds one new value in
+//   store(i, x, reduction)  element i, once its whole block was reduced
+//   finish(block, reduction)  what is stored once a block (its scale); `block` counts from logical element 0
+//
+// A new format is a class here and its lines in combinations.h.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace fused_sgd {
+
+// bf16 is the upper half of an fp32. Rounds to nearest even; every NaN becomes 0x7FC0.
+FSGD_INLINE float bfloat16_to_float(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
+FSGD_INLINE uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+}
+
+// fp16 by integer arithmetic and selects alone, so that loops over it vectorise on every instruction set. Subnormals are
+// exact in both directions and never pass through an fp32 subnormal, which flush-to-zero would destroy.
+FSGD_INLINE float float16_to_float(uint16_t half) {
+  const uint32_t magnitude = half & 0x7FFFu;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t shifted = magnitude << 13;
+  const uint32_t normal = shifted + (112u << 23);    // exponent bias 15 -> 127
+  const uint32_t non_finite = shifted + (224u << 23);  // exponent 31 -> 255
+  // A subnormal is magnitude * 2^-24: put it below the leading one of 2^-14, then take 2^-14 away; the rest is exact.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(shifted + (113u << 23)) - 6.103515625e-05f);
+  const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
+  return bit_cast<float>((magnitude >= 0x7C00u ? non_finite : finite) | sign);
+}
+
+// Rounds to nearest even; overflow becomes infinity; every NaN becomes 0x7E00.
+FSGD_INLINE uint16_t float_to_float16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the step is 2^-24, which is the fp32 step at 0.5: adding 0.5 makes the hardware round there.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? 0x7C00u : half;  // 2^16 and above
+  half = value != value ? 0x7E00u : half;
+  return static_cast<uint16_t>(half | sign);
+}
+
+// A format whose element is one number in one column.
+template <class Element, class AccType, AccType (*kDecode)(Element), Element (*kEncode)(AccType)>
+struct Plain {
+  using Acc = AccType;
+  static constexpr int kColumns = 1;
+  static constexpr int kBytes = sizeof(Element);
+  static constexpr int kBlock = 1;
+
+  Element* data;
+
+  FSGD_INLINE explicit Plain(void* const* columns) : data(static_cast<Element*>(columns[0])) {}
+  FSGD_INLINE Acc load(int64_t i) const { return kDecode(data[i]); }
+  FSGD_INLINE void store(int64_t i, Acc x) const { data[i] = kEncode(x); }
+};
+
+template <class T>
+FSGD_INLINE T identity(T x) {
+  return x;
+}
+
+using Float64 = Plain<double, double, identity<double>, identity<double>>;
+using Float32 = Plain<float, float, identity<float>, identity<float>>;
+using BFloat16 = Plain<uint16_t, float, bfloat16_to_float, float_to_bfloat16>;
+using Float16 = Plain<uint16_t, float, float16_to_float, float_to_float16>;
+
+}  // namespace fused_sgd

@@ -1,0 +1,83 @@
+// A param group's dict, read at every step: its hyperparameters as doubles, and what decides the path.
+#pragma once
+
+#include <Python.h>
+
+#include <array>
+
+#include "../core/rule.h"
+
+namespace fused_sgd {
+
+// A strong reference. (pybind11's py::object would do, but its checks cost more than the look-up they would guard.)
+class Ref {
+ public:
+  Ref() = default;
+  ~Ref() { Py_XDECREF(object_); }
+  Ref(Ref&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
+  Ref& operator=(Ref&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  void set(PyObject* borrowed) {
+    Py_XINCREF(borrowed);
+    Py_XDECREF(object_);
+    object_ = borrowed;
+  }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+// Whether a dict is unchanged since it was last looked into. Python before 3.12 counts a dict's versions (PEP 509), which
+// saves looking a key up again; later ones do not, and there the answer is always no.
+class DictVersion {
+ public:
+  bool is_of(PyObject* dict) const {
+#if PY_VERSION_HEX < 0x030C0000
+    return version_ != 0 && reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == version_;
+#else
+    (void)dict;
+    return false;
+#endif
+  }
+  void take(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+    version_ = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+    (void)dict;
+#endif
+  }
+
+ private:
+  uint64_t version_ = 0;
+};
+
+// The keys a step looks up. The path keys come last: when one of them changes, the group's parameters are judged anew.
+enum Key { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kFused, kForeach, kDifferentiable, kKeyCount };
+extern const std::array<const char*, kKeyCount> kKeyNames;
+
+class GroupReader {
+ public:
+  enum Outcome { kSame, kPathChanged };
+
+  // Reads `dict` again. A value that is the same object as last time is not parsed again, unless it is a tensor.
+  // Throws py::error_already_set for a missing key or a value that is no number.
+  Outcome read(PyObject* dict);
+
+  const Group& values() const { return group_; }
+  // The hyperparameter that is NaN, or kKeyCount.
+  Key invalid() const;
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  Group group_;
+  std::array<Ref, kKeyCount> seen_;
+  bool any_tensor_ = false;
+};
+
+PyObject* interned(const char* text);  // never freed
+double as_double(PyObject* value);      // of anything float() takes; throws py::error_already_set
+
+}  // namespace fused_sgd

@@ -1,0 +1,101 @@
+// The Python module fused_sgd._C: the plan, and what the package tells about itself.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "../cpu/walk.h"
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace fused_sgd {
+namespace {
+
+// The plan holds parameters, and parameters' hooks hold models, which may hold the optimizer. Python's garbage collector
+// finds such a circle only if it can look inside.
+py::custom_type_setup plan_takes_part_in_gc() {
+  return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+    PyTypeObject* type = &heap_type->ht_type;
+    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+      Py_VISIT(Py_TYPE(self));
+      if (!py::detail::is_holder_constructed(self)) return 0;
+      return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
+    };
+    type->tp_clear = [](PyObject* self) {
+      if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).forget();
+      return 0;
+    };
+  });
+}
+
+// step(plan, param_groups, state, grad_scale). By hand, since pybind11's argument handling would take as long as a step
+// over a dozen tensors.
+PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 4 && PyList_Check(args[1]) && PyDict_Check(args[2]), "step(plan, list, dict, grad_scale)");
+  return py::cast<Plan&>(py::handle(args[0])).step(args[1], args[2], args[3]).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL, nullptr};
+
+bool supports(at::ScalarType param, at::ScalarType grad, at::ScalarType momentum) {
+  if (at::isComplexType(param) != at::isComplexType(grad) || at::isComplexType(param) != at::isComplexType(momentum)) {
+    return false;
+  }
+  const auto p = format_of(param), g = format_of(grad), m = format_of(momentum);
+  return p && g && m && find_combination(*p, *g, *m) >= 0;
+}
+
+// A strided tensor in CPU memory with nothing unusual about it but, perhaps, lazy conjugation or negation.
+bool is_plain(const at::Tensor& tensor) {
+  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  const auto allowed = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                            c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView,
+                                            c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+  return impl.layout() == at::kStrided && impl.has_storage() && (impl.key_set().raw_repr() & ~allowed.raw_repr()) == 0;
+}
+
+// The roles of the tensors that the kernel would reach through a copy.
+py::list staged_roles(const at::Tensor& param, const std::optional<at::Tensor>& grad,
+                      const std::optional<at::Tensor>& momentum) {
+  const auto strides = walk_strides(param);
+  py::list roles;
+  if (needs_staging(param, strides)) roles.append("parameter");
+  if (grad && needs_staging(*grad, strides)) roles.append("gradient");
+  if (momentum && needs_staging(*momentum, strides)) roles.append("momentum_buffer");
+  return roles;
+}
+
+}  // namespace
+}  // namespace fused_sgd
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fused_sgd;
+  m.doc() = "Compiled part of fused_sgd. Private: use the Python package.";
+
+  py::class_<Plan>(m, "Plan", plan_takes_part_in_gc())
+      .def(py::init<>())
+      .def("admit", &Plan::admit)
+      .def("watch", &Plan::watch)
+      .def("forget_state", &Plan::forget_state)
+      .def("forget", &Plan::forget);
+
+  m.add_object("step", py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr)));
+  m.def("supports", &supports, "Whether the kernel takes this combination of parameter, gradient and momentum dtypes.");
+  m.def("is_plain", &is_plain, "Whether the kernel can walk this tensor's memory.");
+  m.def("staged", &staged_roles, "Which of a parameter, its gradient and momentum buffer the kernel walks as copies.");
+  m.def("overlaps_itself", &overlaps_itself, "Whether two elements of a tensor share memory.");
+
+  m.def("instruction_sets", [] {
+    py::list sets;
+    for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
+      sets.append(py::make_tuple(set.name, set.runs_here(), set.fast_fma));
+    }
+    return sets;
+  });
+  m.def("instruction_set", [] { return cpu::instruction_set().name; });
+  m.def("select_instruction_set", &cpu::select_instruction_set);
+  cpu::instruction_set();  // a bad FUSED_SGD_ISA is an error at import, not at the first step
+}

@@ -1,0 +1,113 @@
+// The plan: from an optimizer's param groups and state to a table, at every step.
+//
+// It is a cache and only a cache. What it keeps of a parameter is a judgement ("kernel, walked in these strides") with
+// the fingerprint of the tensors the judgement was made of. Each step looks everything up again: the groups' dicts, the
+// lists in them, each gradient, each momentum buffer, every pointer. What no longer matches is reported to Python, where
+// the judging is done (fused_sgd/_judge.py), and nothing is written until all of it is settled.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "../core/table.h"
+#include "groups.h"
+#include "overlap.h"
+#include "tensors.h"
+
+namespace fused_sgd {
+
+class Plan {
+ public:
+  // One step over `param_groups` (list of dicts) and `state` (parameter -> dict of tensors; the one given to watch()).
+  // grad_scale is None or anything float() takes. Returns None when the step is done, or
+  //   ("elsewhere", [(group, index)…])   done, but for these parameters, which no kernel takes
+  // or, with nothing written, what stands in its way:
+  //   ("state",)                     `state` is not the dict given to watch()
+  //   ("mode",)                      a torch dispatch mode is active: no kernel may hide from it
+  //   ("invalid", group, key)        a hyperparameter is NaN
+  //   ("judge", [(group, index)…])   these parameters must be judged: call admit() for each, then step() again
+  //   ("freed", group, index, role)  a tensor's storage is smaller than the tensor
+  //   ("overlap", (group, index, role), (group, index, role))   written memory is shared
+  pybind11::object step(PyObject* param_groups, PyObject* state, PyObject* grad_scale);
+
+  // A judgement of one parameter that has a gradient: walked by the kernel, or left to Python.
+  // new_buffer: the momentum buffer to put into the state with the next step, which is then the parameter's first.
+  void admit(int64_t group, int64_t index, bool kernel, pybind11::object new_buffer);
+
+  // `state` will report every change of itself, by forget_state(); so what was found in it may be kept.
+  void watch(pybind11::object state);
+
+  // Drops what is known of the state, or everything. Python calls it when the outer state dict was changed.
+  void forget_state();
+  void forget();
+
+  int traverse(visitproc visit, void* arg) const;  // for Python's garbage collector
+
+ private:
+  enum class Path : uint8_t { Unjudged, Elsewhere, Kernel };
+
+  struct Entry {
+    Ref param;
+    Ref state;  // the parameter's own dict
+    DictVersion state_version;
+    PyObject* momentum_object = nullptr;  // what that version of the dict holds, borrowed from it
+    Path path = Path::Unjudged;
+    bool state_known = false;
+    bool momentum = false;
+    bool is_dtensor = false;
+    bool stage_param = false, stage_grad = false, stage_momentum = false;
+    uint8_t combination = 0;
+    int64_t length = 0;  // reals
+    // What the last step used; null when the parameter took no part.
+    char *last_param = nullptr, *last_grad = nullptr, *last_momentum = nullptr;
+    Fingerprint param_print, grad_print, momentum_print;
+    Ref new_buffer;  // to be put into the state
+    std::vector<int64_t> strides;  // of the walk; only when something is staged
+    bool staged() const { return stage_param || stage_grad || stage_momentum; }
+  };
+  struct GroupEntry {
+    Ref dict;
+    GroupReader reader;
+    std::vector<Entry> entries;
+  };
+  // One parameter that takes part in this step. Tensors are local ones; momentum may be null.
+  struct Active {
+    Active(Entry* its_entry, uint32_t group, uint32_t index, uint32_t its_row)
+        : entry(its_entry), where{group, index}, row(its_row) {}
+    Entry* entry;
+    Where where;
+    uint32_t row;  // in the table
+    const at::Tensor *param = nullptr, *grad = nullptr, *momentum = nullptr;
+    char *param_data = nullptr, *grad_data = nullptr, *momentum_data = nullptr;
+  };
+
+  void match_group(std::size_t number, PyObject* dict);
+  pybind11::object scan(PyObject* param_groups, PyObject* state);
+  bool holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum, PyObject* state);
+  const at::Tensor* momentum_of(Entry& entry, PyObject* state);
+  const at::Tensor* find_momentum(Entry& entry, PyObject* state);
+  pybind11::object check_overlap();
+  void stage();
+  void install_new_buffers(PyObject* state);
+  void walk();
+  void commit();
+
+  bool watches(PyObject* state) const;
+
+  std::vector<GroupEntry> groups_;
+  pybind11::object state_;  // a weak reference: State holds the plan, and a circle would outlive the optimizer
+  std::vector<Active> active_;
+  std::vector<Where> elsewhere_;
+  std::vector<at::Tensor> held_;    // gradients, kept alive while the GIL is released
+  std::vector<at::Tensor> copies_;  // what staged tensors are walked through
+  WrittenMemory written_;
+  TablePacker packer_;
+  float grad_scale_ = 1;
+  bool has_grad_scale_ = false;
+  bool written_moved_ = true;  // since the overlap check
+  bool grads_moved_ = true;
+  bool any_staged_ = false;
+  bool any_new_buffer_ = false;
+  bool busy_ = false;
+};
+
+}  // namespace fused_sgd

@@ -1,0 +1,71 @@
+// What the plan needs to know of a tensor: its fingerprint, where its memory lies, and which storage format it is.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <memory>
+#include <optional>
+
+#include "../core/combinations.h"
+
+namespace fused_sgd {
+
+// Whether a tensor has sizes and strides of its own to be read.
+FSGD_INLINE bool has_geometry(const c10::TensorImpl& impl) {
+  return impl.layout() == at::kStrided && !impl.is_python_dispatch() && !impl.is_nested();
+}
+
+// What must stay the same about a tensor for a judgement of it to hold. Compared at every step, in nanoseconds.
+// The dispatch key set stands for device type, layout, conj and neg bits, subclass, inference mode and quantisation.
+struct Fingerprint {
+  uint64_t keys = 0;
+  c10::ScalarType dtype = c10::ScalarType::Undefined;
+  int8_t dims = -1;  // or -1 where there is no geometry
+  uint8_t itemsize = 0;
+  int64_t required_bytes = 0;  // of storage, behind the tensor's offset
+  // Sizes, then strides. A gradient usually has its parameter's, and is then compared with those: null.
+  std::unique_ptr<int64_t[]> geometry;
+
+  static Fingerprint of(const at::Tensor& tensor, const int64_t* parameter_geometry = nullptr);
+
+  FSGD_INLINE bool matches(const c10::TensorImpl& impl, const int64_t* parameter_geometry = nullptr) const {
+    if (impl.key_set().raw_repr() != keys || impl.dtype().toScalarType() != dtype) return false;
+    if (dims < 0) return !has_geometry(impl);
+    const at::IntArrayRef sizes = impl.sizes();
+    if (static_cast<std::size_t>(dims) != sizes.size()) return false;
+    const at::IntArrayRef strides = impl.strides();
+    const int64_t* expected = geometry ? geometry.get() : parameter_geometry;
+    int64_t difference = 0;
+    for (int dim = 0; dim < dims; ++dim) {
+      difference |= (sizes[dim] ^ expected[dim]) | (strides[dim] ^ expected[dims + dim]);
+    }
+    return difference == 0;
+  }
+
+  // Where the first element of a tensor that matches is, or nullptr when its storage no longer holds all elements.
+  // `writable` breaks a lazy copy-on-write first.
+  FSGD_INLINE char* locate(const c10::TensorImpl& impl, bool writable) const {
+    c10::StorageImpl* storage = impl.unsafe_storage().unsafeGetStorageImpl();
+    const int64_t offset = impl.storage_offset() * itemsize;
+    if (static_cast<int64_t>(storage->nbytes()) < offset + required_bytes) return nullptr;
+    char* base = static_cast<char*>(writable ? storage->mutable_data() : const_cast<void*>(storage->data()));
+    return base == nullptr ? nullptr : base + offset;
+  }
+};
+
+// The storage format of a dtype; complex ones are pairs of reals. Empty when there is none.
+std::optional<Format> format_of(at::ScalarType dtype);
+
+// Whether two tensors of one shape keep element i of a dense walk at the same offset. Dimensions of size 1 do not count.
+bool same_strides(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b);
+
+// The strides in which a tensor is walked: its own when it is dense, contiguous ones otherwise.
+c10::SmallVector<int64_t, 8> walk_strides(const at::Tensor& tensor);
+
+// Whether the walk must go through a copy of `tensor` laid out in `strides`: other strides, or lazy conj or neg bits.
+bool needs_staging(const at::Tensor& tensor, at::IntArrayRef strides);
+
+// A copy of `tensor` laid out in `strides`.
+at::Tensor staged(const at::Tensor& tensor, at::IntArrayRef strides);
+
+}  // namespace fused_sgd

@@ -1,0 +1,69 @@
+"""What `FusedSGD.explain()` returns."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_sgd._judge import Group, choose, momentum_buffer
+
+
+class Row(NamedTuple):
+    """Parameters of one group that are stepped in the same way."""
+
+    group: int
+    device: str
+    dtype: str  # parameter's; the gradient's and momentum buffer's too where they differ
+    path: str
+    reason: str
+    count: int
+    names: tuple[str, ...]  # of the first few
+
+
+class Explanation(list[Row]):
+    """A list of rows that prints as a table."""
+
+    def __str__(self) -> str:
+        cells = [[*map(str, Row._fields)]]
+        for row in self:
+            names = ", ".join(row.names) + (", …" if row.count > len(row.names) else "")
+            cells.append([*map(str, row[:-1]), names])
+        widths = [max(len(line[column]) for line in cells) for column in range(len(Row._fields))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+_SHOWN_NAMES = 3
+
+
+def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
+    """The rows for these param groups, in their order."""
+    members: dict[tuple[int, str, str, str, str], list[str]] = {}
+    for number, group in enumerate(groups):
+        names = group.get("param_names")
+        for index, param in enumerate(group["params"]):
+            buffer = momentum_buffer(state, param) if group["momentum"] != 0 else None
+            path, reason = choose(group, param, param.grad, buffer)
+            if param.grad is None:
+                reason = f"provisional: no gradient yet{'; ' if reason else ''}{reason}"
+            key = (number, str(param.device), _dtypes(param, buffer), path, reason)
+            members.setdefault(key, []).append(names[index] if names else f"parameter {index}")
+    return Explanation(
+        Row(*key, count=len(found), names=tuple(found[:_SHOWN_NAMES])) for key, found in members.items()
+    )
+
+
+def _dtypes(param: Tensor, buffer: Tensor | None) -> str:
+    def short(dtype: torch.dtype) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    text = short(param.dtype)
+    if param.grad is not None and param.grad.dtype != param.dtype:
+        text += f", gradient {short(param.grad.dtype)}"
+    if buffer is not None and buffer.dtype != param.dtype:
+        text += f", momentum {short(buffer.dtype)}"
+    return text

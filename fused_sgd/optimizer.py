@@ -1,0 +1,363 @@
+"""FusedSGD: the optimizer class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.sgd import sgd as torch_sgd
+
+from fused_sgd._explain import Explanation, explain
+from fused_sgd._judge import Group, judge, local, momentum_buffer, place
+from fused_sgd._native import C
+from fused_sgd._state import State
+from fused_sgd.reference import sgd_update
+
+if C is not None:
+    _step = C.step
+else:
+
+    def _step(*arguments: Any) -> tuple[str]:
+        return ("no plan",)
+
+
+# What decides HOW a group is stepped belongs to the running optimizer, not to a checkpoint.
+_PATH_KEYS = ("fused", "foreach", "differentiable")
+
+
+class FusedSGD(Optimizer):
+    r"""Stochastic gradient descent, with the bits of :class:`torch.optim.SGD` and one pass for the whole model.
+
+    A replacement for :class:`torch.optim.SGD`: same arguments, same defaults, same state. In float32 and float64 the
+    results are equal to the bit; in bfloat16 and float16 they are computed in float32 and rounded once. See
+    :func:`fused_sgd.reference.sgd_update` for the formula and its source.
+
+    Args:
+        params: parameters, named parameters, or dicts that define param groups.
+        lr: learning rate; a 1-element tensor is read at every step.
+        momentum: momentum factor.
+        dampening: part of the gradient kept out of the momentum buffer, from a parameter's second step on.
+        weight_decay: L2 penalty; may be a 1-element tensor.
+        nesterov: whether to use Nesterov momentum; needs ``momentum > 0`` and ``dampening == 0``.
+        maximize: whether to maximize the objective.
+        foreach: ``True`` for torch's own foreach implementation.
+        differentiable: whether autograd may run through the step; takes the reference path.
+        fused: ``None`` for the kernel wherever it applies and the reference elsewhere, decided per parameter;
+            ``True`` for the kernel or an error; ``False`` for the reference. With ``True``, a
+            :class:`torch.amp.GradScaler` leaves unscaling and skipping to the step.
+
+    Raises:
+        ValueError: a hyperparameter is out of range or NaN, or a parameter is given twice.
+        RuntimeError: options that exclude each other, or ``fused=True`` without the compiled module.
+
+    Gradients are never written. ``explain()`` tells which path each parameter takes and why.
+
+    Example:
+        >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer.zero_grad()
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+    """
+
+    # Torch's own classes carry these two only while GradScaler runs a step; so do instances of this one.
+    grad_scale: Tensor | float | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        _check_defaults(defaults)
+        self._plan = None if C is None else C.Plan()
+        super().__init__(params, defaults)
+        self.state = State(self._plan, self.state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, like :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: also when a parameter is given twice, of which torch only warns, and for NaN.
+            RuntimeError: options that exclude each other.
+        """
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                params = param_group["params"] = list(params)
+                number = len(self.param_groups)
+                _check_duplicates([entry[1] if isinstance(entry, tuple) else entry for entry in params], number)
+            _check_numbers({**self.defaults, **param_group}, f" (param group {len(self.param_groups)})")
+            _check_path({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs one step.
+
+        Every parameter that has a gradient is checked before the first one is written: after an error, parameters and
+        state are as they were.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+
+        Raises:
+            RuntimeError: a parameter that cannot be stepped (shapes, devices or dtypes that do not fit, shared memory),
+                or one that ``fused=True`` has no kernel for. The message names the parameter.
+            ValueError: a hyperparameter is NaN.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        attributes = self.__dict__
+        if "found_inf" in attributes or "grad_scale" in attributes:
+            self._step_scaled(attributes)
+        elif (rest := _step(self._plan, self.param_groups, self.state, None)) is not None:
+            self._settle(rest, None)
+        return loss
+
+    def explain(self) -> Explanation:
+        """Which path each parameter takes, in which storage format, and why.
+
+        Returns:
+            Rows of ``(group, device, dtype, path, reason, count, names)``, to be read or printed. Rows of parameters
+            that have no gradient yet are provisional, and say so.
+        """
+        return explain(self.param_groups, self.state)
+
+    # --- Mixed precision ----------------------------------------------------------------------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler asks this. If True it leaves unscaling to step(), which not every trainer expects (Lightning then
+        # refuses to clip), so it is True only where the kernel was asked for, as in torch.
+        return self.defaults["fused"] is True
+
+    # --- The step -----------------------------------------------------------------------------------------------------
+
+    def _step_scaled(self, attributes: dict[str, Any]) -> None:
+        """A step under GradScaler, or with a grad_scale that the user set."""
+        try:
+            # GradScaler sums found_inf over devices: anything but 0 means an overflow.
+            found_inf = attributes.get("found_inf")
+            if found_inf is None or float(found_inf) == 0:
+                scale = attributes.get("grad_scale")
+                rest = _step(self._plan, self.param_groups, self.state, scale)
+                if rest is not None:
+                    self._settle(rest, scale)
+        except BaseException:
+            # GradScaler deletes them after a step that returns. Left behind, they would scale the next one twice.
+            attributes.pop("grad_scale", None)
+            attributes.pop("found_inf", None)
+            raise
+
+    def _settle(self, rest: tuple[Any, ...], grad_scale: Tensor | float | None) -> None:
+        """Does what the plan could not: judges, raises, or steps the parameters that no kernel takes."""
+        plan = self._plan
+        if rest[0] == "no plan":
+            return self._step_elsewhere(self._judge_all(), grad_scale)
+        if rest[0] == "state":  # someone put another dict there
+            self.state = State(plan, self.state)
+            rest = _step(plan, self.param_groups, self.state, grad_scale)
+        if rest is not None and rest[0] == "judge":
+            self._admit(rest[1])
+            rest = _step(plan, self.param_groups, self.state, grad_scale)
+        if rest is None:
+            return
+        what, *arguments = rest
+        groups = self.param_groups
+        if what == "elsewhere":
+            self._step_elsewhere(arguments[0], grad_scale)
+        elif what == "mode":
+            forced = [group for group in groups if group["fused"] is True]
+            if forced:
+                raise RuntimeError("`fused=True` cannot be honoured under an active TorchDispatchMode; use fused=None")
+            self._step_elsewhere(self._judge_all(), grad_scale)
+        elif what == "invalid":
+            group, key = arguments
+            _check_numbers(groups[group], f" (param group {group})")
+            raise AssertionError(f"{key} of param group {group} is invalid")
+        elif what == "freed":
+            group, index, role = arguments
+            raise RuntimeError(
+                f"{place(groups, group, index)}: the storage of its {role} is smaller than the tensor; it was freed or"
+                " resized after the tensor was made"
+            )
+        elif what == "overlap":
+            (group, index, role), (other_group, other_index, other_role) = arguments
+            raise RuntimeError(
+                f"the {role} of {place(groups, group, index)} shares memory with the {other_role} of"
+                f" {place(groups, other_group, other_index)}; a step cannot write one without changing the other."
+                " Give the optimizer each tensor once, and tied weights as one parameter"
+            )
+        else:
+            raise AssertionError(f"the plan did not settle: {rest}")
+
+    def _admit(self, entries: list[tuple[int, int]]) -> None:
+        """Judges parameters for the plan; all of them before the plan hears of any."""
+        admissions = []
+        for group, index in entries:
+            options = self.param_groups[group]
+            kernel = judge(self.param_groups, group, index, self.state).path == "kernel"
+            param = options["params"][index]
+            first = kernel and options["momentum"] != 0 and momentum_buffer(self.state, param) is None
+            admissions.append((group, index, kernel, _new_momentum_buffer(param) if first else None))
+        for admission in admissions:
+            self._plan.admit(*admission)
+
+    def _judge_all(self) -> list[tuple[int, int]]:
+        """Judges every parameter that has a gradient; for steps without a plan."""
+        entries = []
+        seen: set[Tensor] = set()
+        for group, options in enumerate(self.param_groups):
+            _check_numbers(options, f" (param group {group})")
+            for index, param in enumerate(options["params"]):
+                if param in seen:
+                    raise RuntimeError(f"{place(self.param_groups, group, index)} is in the optimizer twice")
+                seen.add(param)
+                if param.grad is not None:
+                    judge(self.param_groups, group, index, self.state)
+                    entries.append((group, index))
+        return entries
+
+    def _step_elsewhere(self, entries: list[tuple[int, int]], grad_scale: Tensor | float | None) -> None:
+        """Steps parameters by the reference, or by torch's foreach implementation where the group asks for it."""
+        for group, options in enumerate(self.param_groups):
+            params = [options["params"][index] for number, index in entries if number == group]
+            with torch.set_grad_enabled(bool(options["differentiable"])):
+                step = self._step_foreach if options["foreach"] is True else self._step_reference
+                step(options, params, grad_scale)
+
+    def _step_reference(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
+        for param in params:
+            buffer = sgd_update(
+                param,
+                param.grad,
+                momentum_buffer(self.state, param),
+                grad_scale=grad_scale,
+                **{key: options[key] for key in _HYPERPARAMETERS},
+            )
+            if options["momentum"] != 0:
+                self.state[param]["momentum_buffer"] = buffer
+
+    def _step_foreach(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
+        if not params:
+            return
+        grads = [param.grad if grad_scale is None else param.grad / grad_scale for param in params]
+        buffers = [momentum_buffer(self.state, param) for param in params]
+        torch_sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=any(grad.is_sparse for grad in grads),
+            foreach=True,
+            **{key: options[key] for key in _HYPERPARAMETERS},
+        )
+        if options["momentum"] != 0:
+            for param, buffer in zip(params, buffers, strict=True):
+                self.state[param]["momentum_buffer"] = buffer
+
+    # --- Copies and checkpoints ---------------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called for a copy or a pickle (with defaults), and by load_state_dict (without).
+        running = [] if "defaults" in state else self.param_groups
+        super().__setstate__(state)
+        for number, group in enumerate(self.param_groups):
+            kept = running[number] if running else self.defaults
+            for key in self.defaults:
+                if key in _PATH_KEYS and running:
+                    group[key] = kept[key]
+                else:
+                    group.setdefault(key, kept[key])
+        self._plan = None if C is None else C.Plan()
+        self.state = State(self._plan, self.state)
+
+
+_HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+
+def _new_momentum_buffer(param: Tensor) -> Tensor:
+    """A momentum buffer that has accumulated nothing: all -0.0.
+
+    With it, the formula of later steps gives what the first step must (b = d, to the bit: +0.0 would lose the sign of a
+    zero), so a buffer whose first step never came is still right.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        buffer = torch.empty_like(param, requires_grad=False)
+        memory = local(buffer)
+        (torch.view_as_real(memory.resolve_conj()) if memory.is_complex() else memory).fill_(-0.0)
+    return buffer
+
+
+def _check_defaults(defaults: dict[str, Any]) -> None:
+    """The errors of torch.optim.SGD's constructor, in its words; and NaN, which torch lets through."""
+    _check_numbers(defaults)
+    for key, name in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
+        if defaults[key] < 0.0:
+            raise ValueError(f"Invalid {name}: {defaults[key]}")
+    if defaults["nesterov"] and (defaults["momentum"] <= 0 or defaults["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    _check_path(defaults)
+
+
+def _check_numbers(options: dict[str, Any], where: str = "") -> None:
+    for key in ("lr", "weight_decay"):
+        if isinstance(options[key], Tensor) and options[key].numel() != 1:
+            raise ValueError(f"Tensor {key} must be 1-element{where}")
+    names = {"lr": "learning rate", "momentum": "momentum value", "dampening": "dampening value"}
+    for key in ("lr", "momentum", "dampening", "weight_decay"):
+        if math.isnan(options[key]):
+            raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {options[key]}{where}")
+
+
+def _check_path(options: dict[str, Any]) -> None:
+    if not options["fused"]:
+        return
+    if options["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if C is None:
+        from fused_sgd._native import why_missing
+
+        raise RuntimeError(f"`fused=True` needs the compiled module, and {why_missing}")
+
+
+def _check_duplicates(params: list[Any], group: int) -> None:
+    first: dict[int, int] = {}
+    for index, param in enumerate(params):
+        if isinstance(param, Tensor) and first.setdefault(id(param), index) != index:
+            raise ValueError(f"parameter {index} of param group {group} is the same tensor as parameter {first[id(param)]}")
