@@ -1,6 +1,16 @@
 """SGD for PyTorch: one pass over memory does weight decay, momentum, Nesterov and the step, for every tensor at once."""
 
+import warnings
+
+from fused_sgd._native import C, why_missing
 from fused_sgd._version import __version__
 from fused_sgd.optimizer import FusedSGD
 
 __all__ = ["FusedSGD", "__version__"]
+
+if C is None:
+    warnings.warn(
+        f"fused_sgd runs without its compiled module, on the slower reference path: {why_missing}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

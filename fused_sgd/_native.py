@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import sysconfig
-import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -50,10 +49,3 @@ def _load() -> tuple[ModuleType | None, ModuleType | None, str]:
 
 C, build_info, why_missing = _load()
 """The compiled module or None; what it was built with or None; why it is missing, or an empty string."""
-
-if C is None:
-    warnings.warn(
-        f"fused_sgd runs without its compiled module, on the slower reference path: {why_missing}",
-        RuntimeWarning,
-        stacklevel=3,
-    )

@@ -64,6 +64,11 @@ const at::Tensor* local_gradient(const at::Tensor& grad) {
   return local_tensor(object.ptr());
 }
 
+py::error_already_set type_error(const std::string& message) {
+  PyErr_SetString(PyExc_TypeError, message.c_str());
+  return {};
+}
+
 const char* role_name(Role role) {
   switch (role) {
     case Role::Parameter:
@@ -101,7 +106,10 @@ py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_sc
   commit();
   if (elsewhere_.empty()) return py::none();
   py::list entries;
-  for (const Where& where : elsewhere_) entries.append(py::make_tuple(where.group, where.index));
+  for (const Where& where : elsewhere_) {
+    entries.append(py::make_tuple(where.group, where.index));
+    groups_[where.group].entries[where.index].path = Path::Unjudged;
+  }
   return py::make_tuple("elsewhere", entries);
 }
 
@@ -116,7 +124,7 @@ void Plan::match_group(std::size_t number, PyObject* dict) {
   static PyObject* params_key = interned("params");
   PyObject* params = PyDict_GetItemWithError(dict, params_key);
   if (params == nullptr || !PyList_Check(params)) {
-    throw py::type_error("param_groups[" + std::to_string(number) + "]['params'] must be a list of tensors");
+    throw type_error("param_groups[" + std::to_string(number) + "]['params'] must be a list of tensors");
   }
   const auto size = static_cast<std::size_t>(PyList_GET_SIZE(params));
   if (group.entries.size() != size) {
@@ -129,8 +137,8 @@ void Plan::match_group(std::size_t number, PyObject* dict) {
     Entry& entry = group.entries[i];
     if (entry.param.get() == param) continue;
     if (!THPVariable_Check(param)) {
-      throw py::type_error("param_groups[" + std::to_string(number) + "]['params'][" + std::to_string(i) +
-                           "] is not a tensor");
+      throw type_error("param_groups[" + std::to_string(number) + "]['params'][" + std::to_string(i) +
+                       "] is not a tensor");
     }
     entry = Entry();
     entry.param.set(param);
@@ -171,10 +179,7 @@ const at::Tensor* Plan::find_momentum(Entry& entry, PyObject* state) {
 // Whether what was judged of a parameter is still true. Finds the tensors the kernel would walk.
 bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum, PyObject* state) {
   if (entry.path == Path::Unjudged) return false;
-  if (entry.path == Path::Elsewhere) {
-    return entry.param_print.matches(*THPVariable_Unpack(entry.param.get()).unsafeGetTensorImpl()) &&
-           entry.grad_print.matches(*grad.unsafeGetTensorImpl());
-  }
+  if (entry.path == Path::Elsewhere) return true;
   if (entry.momentum != momentum) return false;
   active.param = entry.is_dtensor ? local_tensor(entry.param.get()) : &THPVariable_Unpack(entry.param.get());
   if (active.param == nullptr || !entry.param_print.matches(*active.param->unsafeGetTensorImpl())) return false;
@@ -391,8 +396,7 @@ void Plan::admit(int64_t g, int64_t i, bool kernel, py::object new_buffer) {
   const at::Tensor& grad = *gradient_pointer;
   if (!kernel) {
     e.path = Path::Elsewhere;
-    e.param_print = Fingerprint::of(param);
-    e.grad_print = Fingerprint::of(grad);
+    written_moved_ = written_moved_ || e.last_param != nullptr;
     e.last_param = nullptr;
     return;
   }

@@ -29,7 +29,8 @@ class Plan {
   //   ("overlap", (group, index, role), (group, index, role))   written memory is shared
   pybind11::object step(PyObject* param_groups, PyObject* state, PyObject* grad_scale);
 
-  // A judgement of one parameter that has a gradient: walked by the kernel, or left to Python.
+  // A judgement of one parameter that has a gradient: walked by the kernel for as long as its tensors stay as they are,
+  // or left to Python for one step.
   // new_buffer: the momentum buffer to put into the state with the next step, which is then the parameter's first.
   void admit(int64_t group, int64_t index, bool kernel, pybind11::object new_buffer);
 

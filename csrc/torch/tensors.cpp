@@ -9,7 +9,6 @@ Fingerprint Fingerprint::of(const at::Tensor& tensor, const int64_t* parameter_g
   Fingerprint print;
   print.keys = impl.key_set().raw_repr();
   print.dtype = impl.dtype().toScalarType();
-  if (!has_geometry(impl)) return print;
   print.itemsize = static_cast<uint8_t>(tensor.element_size());
   const int64_t dims = tensor.dim();
   print.dims = static_cast<int8_t>(dims);

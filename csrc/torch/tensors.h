@@ -20,17 +20,18 @@ FSGD_INLINE bool has_geometry(const c10::TensorImpl& impl) {
 struct Fingerprint {
   uint64_t keys = 0;
   c10::ScalarType dtype = c10::ScalarType::Undefined;
-  int8_t dims = -1;  // or -1 where there is no geometry
+  int8_t dims = 0;
   uint8_t itemsize = 0;
   int64_t required_bytes = 0;  // of storage, behind the tensor's offset
   // Sizes, then strides. A gradient usually has its parameter's, and is then compared with those: null.
   std::unique_ptr<int64_t[]> geometry;
 
+  // Of an ordinary strided tensor.
   static Fingerprint of(const at::Tensor& tensor, const int64_t* parameter_geometry = nullptr);
 
   FSGD_INLINE bool matches(const c10::TensorImpl& impl, const int64_t* parameter_geometry = nullptr) const {
     if (impl.key_set().raw_repr() != keys || impl.dtype().toScalarType() != dtype) return false;
-    if (dims < 0) return !has_geometry(impl);
+    if (!has_geometry(impl)) return false;
     const at::IntArrayRef sizes = impl.sizes();
     if (static_cast<std::size_t>(dims) != sizes.size()) return false;
     const at::IntArrayRef strides = impl.strides();

@@ -1,0 +1,121 @@
+"""Helpers shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = list[Tensor]
+
+
+def make_params(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, seed: int = 0) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+    params = []
+    for shape in shapes:
+        values = torch.randn(shape, dtype=real, generator=generator)
+        if dtype.is_complex:
+            values = torch.complex(values, torch.randn(shape, dtype=real, generator=generator))
+        params.append(values.to(dtype).requires_grad_())
+    return params
+
+
+def copies(params: Sequence[Tensor]) -> Params:
+    """Independent copies with the same strides."""
+    return [torch.empty_like(p).copy_(p).detach().requires_grad_() for p in params]
+
+
+def set_grads(*param_lists: Sequence[Tensor], seed: int) -> None:
+    """The same random gradients for all lists; each list gets its own memory."""
+    generator = torch.Generator().manual_seed(seed)
+    for params in zip(*param_lists, strict=True):
+        first = params[0]
+        real = first.dtype.to_real() if first.dtype.is_complex else first.dtype
+        wide = torch.float64 if real == torch.float64 else torch.float32
+        grad = torch.randn(first.shape, dtype=wide, generator=generator)
+        if first.dtype.is_complex:
+            grad = torch.complex(grad, torch.randn(first.shape, dtype=wide, generator=generator))
+        for p in params:
+            p.grad = grad.to(p.dtype).clone()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, every NaN made the same."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    tensor = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
+    return tensor.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def assert_same(
+    mine: torch.optim.Optimizer, theirs: torch.optim.Optimizer, params: Params, expected: Params, what: str = ""
+) -> None:
+    """Parameters and momentum buffers equal to the bit."""
+    for index, (p, q) in enumerate(zip(params, expected, strict=True)):
+        assert same_bits(p, q), f"parameter {index} differs {what}"
+        a, b = mine.state.get(p, {}).get("momentum_buffer"), theirs.state.get(q, {}).get("momentum_buffer")
+        assert (a is None) == (b is None), f"momentum buffer {index}: {a is None=}, {b is None=} {what}"
+        if a is not None:
+            assert same_bits(a, b), f"momentum buffer {index} differs {what}"
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Remembers parameters, gradients and state; the returned function asserts that nothing changed."""
+
+    def look() -> list[Any]:
+        seen: list[Any] = []
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                seen += [p.detach().clone(), p._version, None if p.grad is None else p.grad.clone()]
+                inner = optimizer.state.get(p)
+                seen.append(None if inner is None else {k: v.clone() for k, v in inner.items()})
+        return seen
+
+    before = look()
+
+    def unchanged() -> None:
+        after = look()
+        assert len(before) == len(after)
+        for a, b in zip(before, after, strict=True):
+            if isinstance(a, Tensor):
+                assert isinstance(b, Tensor)
+                assert torch.equal(a, b) if a.layout == torch.strided else torch.equal(a.to_dense(), b.to_dense())
+            elif isinstance(a, dict):
+                assert a.keys() == b.keys()
+                assert all(torch.equal(a[k], b[k]) for k in a)
+            else:
+                assert a == b
+
+    return unchanged
+
+
+def float64_step(
+    p: Tensor,
+    g: Tensor,
+    b: Tensor | None,
+    *,
+    lr: float,
+    momentum: float = 0,
+    dampening: float = 0,
+    weight_decay: float = 0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The formula in float64: new parameter, new momentum buffer, and the magnitude that rounding errors scale with."""
+    p, d = p.double(), g.double()
+    d = -d if maximize else d
+    size = d.abs() + weight_decay * p.abs()
+    d = d + weight_decay * p
+    if momentum:
+        size = size if b is None else momentum * b.double().abs() + size
+        b = d if b is None else momentum * b.double() + (1 - dampening) * d
+        d = d + momentum * b if nesterov else b
+    return p - lr * d, b, p.abs() + 2 * lr * size
