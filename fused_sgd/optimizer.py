@@ -15,7 +15,7 @@ from fused_sgd._explain import Explanation, explain
 from fused_sgd._judge import Group, judge, local, momentum_buffer, place
 from fused_sgd._native import C
 from fused_sgd._state import State
-from fused_sgd.reference import sgd_update
+from fused_sgd.reference import sgd_update, unscaled
 
 if C is not None:
     _step = C.step
@@ -275,7 +275,7 @@ class FusedSGD(Optimizer):
     def _step_foreach(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
         if not params:
             return
-        grads = [param.grad if grad_scale is None else param.grad / grad_scale for param in params]
+        grads = [param.grad if grad_scale is None else unscaled(param.grad, grad_scale) for param in params]
         buffers = [momentum_buffer(self.state, param) for param in params]
         torch_sgd(
             params,
@@ -339,8 +339,9 @@ def _check_numbers(options: dict[str, Any], where: str = "") -> None:
             raise ValueError(f"Tensor {key} must be 1-element{where}")
     names = {"lr": "learning rate", "momentum": "momentum value", "dampening": "dampening value"}
     for key in ("lr", "momentum", "dampening", "weight_decay"):
-        if math.isnan(options[key]):
-            raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {options[key]}{where}")
+        value = options[key]
+        if math.isnan(value.detach() if isinstance(value, Tensor) else value):
+            raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {value}{where}")
 
 
 def _check_path(options: dict[str, Any]) -> None:

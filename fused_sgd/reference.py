@@ -53,7 +53,7 @@ def sgd_update(
         weight_decay: L2 penalty.
         nesterov: whether to use Nesterov momentum.
         maximize: whether to ascend instead of descend.
-        grad_scale: what gradients are divided by first.
+        grad_scale: what gradients are divided by first; a number or 1-element tensor, taken as a float32.
 
     Returns:
         The momentum buffer to keep for the next step, in ``param``'s dtype and shape, or ``None`` without momentum.
@@ -64,7 +64,7 @@ def sgd_update(
     if d.is_sparse:
         d = d.coalesce()
     if grad_scale is not None:
-        d = d / grad_scale
+        d = unscaled(d, grad_scale)
     if maximize:
         d = -d
     if weight_decay != 0:
@@ -85,6 +85,12 @@ def sgd_update(
     if momentum_buffer is not None:
         return momentum_buffer.copy_(b)
     return b.clone() if b.is_sparse else torch.empty_like(param).copy_(b)
+
+
+def unscaled(grad: Tensor, grad_scale: float | Tensor) -> Tensor:
+    """The gradient divided by the scale, in its own dtype. (By a Python number, CUDA would multiply by the inverse.)"""
+    scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=grad.device).reshape(())
+    return grad / scale.to(grad.dtype)
 
 
 def _add(a: Tensor, b: Tensor, alpha: float | Tensor, sign: int = 1, in_place: bool = False) -> Tensor:

@@ -1,0 +1,108 @@
+"""A steady-state step allocates nothing per tensor, in Python and below it."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from fused_sgd import FusedSGD
+from support import make_params, set_grads
+
+
+def steady(count: int, groups: bool = False) -> FusedSGD:
+    params = make_params([(17,)] * count)
+    set_grads(params, seed=0)
+    optimizer = FusedSGD([{"params": [p]} for p in params] if groups else params, lr=0.1, momentum=0.9, fused=True)
+    for _ in range(3):
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_no_python_object_per_tensor(groups: bool) -> None:
+    def objects_made(count: int) -> tuple[int, int]:
+        optimizer = steady(count, groups)
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        before = sys.getallocatedblocks()
+        tracemalloc.reset_peak()
+        start = tracemalloc.get_traced_memory()[0]
+        optimizer.step()
+        peak = tracemalloc.get_traced_memory()[1] - start
+        after = sys.getallocatedblocks()
+        tracemalloc.stop()
+        gc.enable()
+        return peak, after - before
+
+    few, many = objects_made(2), objects_made(500)
+    assert many[0] <= few[0] + 64, "Python memory grows with the number of tensors"
+    assert many[1] <= few[1] + 8
+
+
+COUNTER = r"""
+#include <atomic>
+#include <cstddef>
+extern "C" void* __libc_malloc(std::size_t);
+extern "C" void* __libc_calloc(std::size_t, std::size_t);
+extern "C" void* __libc_realloc(void*, std::size_t);
+static std::atomic<long> calls{0};
+extern "C" long allocation_calls() { return calls; }
+extern "C" void* malloc(std::size_t n) { ++calls; return __libc_malloc(n); }
+extern "C" void* calloc(std::size_t n, std::size_t m) { ++calls; return __libc_calloc(n, m); }
+extern "C" void* realloc(void* p, std::size_t n) { ++calls; return __libc_realloc(p, n); }
+"""
+
+COUNT = """
+import ctypes, sys, torch
+from fused_sgd import FusedSGD
+calls = ctypes.CDLL(None).allocation_calls
+calls.restype = ctypes.c_long
+torch.set_num_threads(2)
+for length in (17, 20000):  # short work, and work for both threads
+    for count in (2, 300):
+        params = [torch.randn(length).requires_grad_() for _ in range(count)]
+        for p in params:
+            p.grad = torch.randn(length)
+        optimizer = FusedSGD(params, lr=0.1, momentum=0.9, fused=True)
+        for _ in range(3):
+            optimizer.step()
+        steps = []
+        for _ in range(5):
+            before = calls()
+            optimizer.step()
+            steps.append(calls() - before)
+        print(min(steps))
+"""
+
+
+def test_no_allocation_per_tensor(tmp_path: Path) -> None:
+    """Every malloc of a step is counted, by a library put in front of libc's."""
+    compiler = shutil.which("c++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("counting allocations needs Linux and a C++ compiler")
+    (tmp_path / "counter.cpp").write_text(COUNTER)
+    library = tmp_path / "counter.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", tmp_path / "counter.cpp", "-o", library], check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", COUNT], capture_output=True, text=True, cwd="/", env={"LD_PRELOAD": str(library)}
+    )
+    assert result.returncode == 0, result.stderr
+    small_few, small_many, large_few, large_many = map(int, result.stdout.split())
+    assert small_many <= small_few
+    assert large_many <= large_few
+
+
+def test_steps_reuse_their_memory() -> None:
+    optimizer = steady(100)
+    pointers = [p.data_ptr() for p in optimizer.state]
+    for _ in range(3):
+        optimizer.step()
+    assert pointers == [p.data_ptr() for p in optimizer.state]
+    assert torch.is_tensor(next(iter(optimizer.state)))
