@@ -11,21 +11,27 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# cmake and ninja may have been installed by pip, into an environment that is not activated.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 class CMakeBuild(build_ext):
     """Builds the extension with CMake and ninja, or leaves it out where there is no compiler."""
 
     def build_extension(self, ext: Extension) -> None:
-        if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name):
+        compilers = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
+        if not any(shutil.which(name, path=PATH) for name in compilers):
             print("fused_sgd: no C++ compiler found; installing the reference path only", file=sys.stderr)
             return
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = os.environ.get("FUSED_SGD_BUILD_DIR") or tempfile.mkdtemp(prefix="fused-sgd-")
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options])
-        subprocess.check_call(["cmake", "--build", build])
-        subprocess.check_call(["cmake", "--install", build, "--prefix", package])
+        for command in (
+            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options],
+            ["cmake", "--build", build],
+            ["cmake", "--install", build, "--prefix", package],
+        ):
+            subprocess.check_call(command, env={**os.environ, "PATH": PATH})
 
 
 setup(ext_modules=[Extension("fused_sgd._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

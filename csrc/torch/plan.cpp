@@ -360,7 +360,6 @@ void Plan::walk() {
 // After the walk: copies go home, autograd learns what was written, and the plan remembers what it saw.
 void Plan::commit() {
   for (const Active& a : active_) {
-    if (a.param_data == nullptr) continue;
     const at::Tensor& outer = THPVariable_Unpack(a.entry->param.get());
     a.param->unsafeGetTensorImpl()->bump_version();
     if (&outer != a.param) outer.unsafeGetTensorImpl()->bump_version();  // a DTensor around it

@@ -1,0 +1,74 @@
+# What a person types. Every target makes the virtual environment it needs, installs pinned packages and builds.
+#
+#   make demo                trains on real data with torch's SGD and with ours, compares, draws runs/demo.png
+#   make test                the whole test suite
+#   make test-integrations   the same on torch $(TORCH_INTEGRATIONS), and tests with timm and torchvision
+#   make bench               benchmarks/step.py; QUICK=1 takes a minute
+#   make lint                ruff, mypy and clang-format, as CI runs them
+#   make format              rewrites the sources as `make lint` wants them
+#   make clean               removes environments and builds
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TORCH_INTEGRATIONS ?= 2.14.1
+
+VENV := .venv
+VENV_INTEGRATIONS := .venv-integrations
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+PACKAGE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard fused_sgd/*.py) \
+           $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard tests/native/*) $(wildcard benchmarks/*.cpp)
+
+.PHONY: demo test test-integrations bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python examples/train.py
+
+# The pytest script, not `python -m pytest`: that would put the checkout on the path, before the installed package.
+test: $(VENV)/installed
+	$(VENV)/bin/pytest -n auto --ignore=tests/integrations
+
+test-integrations: $(VENV_INTEGRATIONS)/installed
+	$(VENV_INTEGRATIONS)/bin/pytest -n auto
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/step.py $(if $(QUICK),--quick)
+
+lint: $(VENV)/installed $(VENV)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) $(VENV_INTEGRATIONS) build runs *.egg-info
+
+# Dependencies first, then the package: only the second is repeated when a source changes. Torch's version stands in every
+# command that could pull another; isolation would build against another one. setuptools would ship stale files from
+# build/lib.
+$(VENV)/dependencies: requirements/build.txt requirements/test.txt requirements/demo.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_FLAGS) torch==$(TORCH) -r requirements/test.txt
+	touch $@
+
+$(VENV_INTEGRATIONS)/dependencies: requirements/build.txt requirements/test.txt requirements/integrations.txt
+	$(PYTHON) -m venv $(VENV_INTEGRATIONS)
+	$(VENV_INTEGRATIONS)/bin/pip install $(PIP_FLAGS) torch==$(TORCH_INTEGRATIONS) \
+	    -r requirements/test.txt -r requirements/integrations.txt
+	touch $@
+
+$(VENV)/lint: requirements/lint.txt $(VENV)/dependencies
+	$(VENV)/bin/pip install $(PIP_FLAGS) torch==$(TORCH) -r requirements/lint.txt
+	touch $@
+
+%/installed: %/dependencies $(PACKAGE)
+	rm -rf build/lib build/bdist*
+	FUSED_SGD_BUILD_DIR=build/$* $*/bin/pip install $(PIP_FLAGS) --no-build-isolation --no-deps --force-reinstall .
+	touch $@
