@@ -1,4 +1,4 @@
-"""SGD for PyTorch: one pass over memory does weight decay, momentum, Nesterov and the step, for every tensor at once."""
+"""SGD for PyTorch: one pass does weight decay, momentum, Nesterov and the step, for every tensor at once."""
 
 import warnings
 

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from fused_sgd import FusedSGD, __version__
 from fused_sgd._native import C, build_info, why_missing
+from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

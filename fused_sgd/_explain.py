@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 from fused_sgd._judge import Group, choose, momentum_buffer
+from torch import Tensor
 
 
 class Row(NamedTuple):
@@ -18,7 +17,7 @@ class Row(NamedTuple):
     dtype: str  # parameter's; the gradient's and momentum buffer's too where they differ
     path: str
     reason: str
-    count: int
+    parameters: int
     names: tuple[str, ...]  # of the first few
 
 
@@ -28,7 +27,7 @@ class Explanation(list[Row]):
     def __str__(self) -> str:
         cells = [[*map(str, Row._fields)]]
         for row in self:
-            names = ", ".join(row.names) + (", …" if row.count > len(row.names) else "")
+            names = ", ".join(row.names) + (", …" if row.parameters > len(row.names) else "")
             cells.append([*map(str, row[:-1]), names])
         widths = [max(len(line[column]) for line in cells) for column in range(len(Row._fields))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
@@ -53,7 +52,7 @@ def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
             key = (number, str(param.device), _dtypes(param, buffer), path, reason)
             members.setdefault(key, []).append(names[index] if names else f"parameter {index}")
     return Explanation(
-        Row(*key, count=len(found), names=tuple(found[:_SHOWN_NAMES])) for key, found in members.items()
+        Row(*key, parameters=len(found), names=tuple(found[:_SHOWN_NAMES])) for key, found in members.items()
     )
 
 

@@ -1,6 +1,6 @@
 """Judges parameters: is the input sound, and which path may take it?
 
-Slow and readable. The plan (csrc/torch/plan.h) keeps each judgement for as long as the tensors it was made of keep their
+Slow and readable. The plan (csrc/torch/plan.h) keeps a judgement for as long as the tensors it was made of keep their
 fingerprints, so this runs on a parameter's first step and when something about it changes.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 from fused_sgd._native import C, why_missing
+from torch import Tensor
 
 Group = dict[str, Any]
 
@@ -40,6 +39,12 @@ def momentum_buffer(state: dict[Tensor, Any], param: Tensor) -> Tensor | None:
     return None if inner is None else inner.get("momentum_buffer")
 
 
+def gradient(param: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
+    assert param.grad is not None
+    return param.grad
+
+
 def dtensor(tensor: Tensor) -> Any:
     """The tensor as a DTensor, or None."""
     if type(tensor).__name__ != "DTensor":
@@ -65,8 +70,7 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     """
     options = groups[group]
     param: Tensor = options["params"][index]
-    grad = param.grad
-    assert grad is not None
+    grad = gradient(param)
     buffer = momentum_buffer(state, param) if options["momentum"] != 0 else None
     problem = _unsound(options, param, grad, buffer)
     if problem:
@@ -122,7 +126,9 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, buffer: Tensor | None)
     if not isinstance(buffer, Tensor):
         raise TypeError(f"the momentum_buffer in the state of a parameter ({describe(param)}) is {buffer!r}, no tensor")
     if buffer.shape != param.shape:
-        return f"its momentum_buffer has another shape ({describe(buffer)}); was it loaded from another model, or resized?"
+        return (
+            f"its momentum_buffer has another shape ({describe(buffer)}); was it loaded from another model, or resized?"
+        )
     if buffer.device != param.device:
         return f"its momentum_buffer is on another device ({describe(buffer)})"
     return ""

@@ -25,20 +25,23 @@ def _load() -> tuple[ModuleType | None, ModuleType | None, str]:
     """The compiled module and its build info, or None and the reason."""
     here = Path(__file__).parent
     if importlib.util.find_spec("fused_sgd._build_info") is None:
+        reason = "this installation was built without a compiler. " + _REINSTALL
         if (here.parent / "CMakeLists.txt").exists():
-            return None, None, (
-                f"{here} is a source folder, which has no compiled module; it hides an installed one. Run Python from"
-                " another folder, or with -P"
+            reason = (
+                f"{here} is a source folder, which has no compiled module; it hides an installed one."
+                " Run Python from another folder, or with -P"
             )
-        return None, None, "this installation was built without a compiler. " + _REINSTALL
+        return None, None, reason
     from fused_sgd import _build_info as info
 
     soabi = sysconfig.get_config_var("SOABI")
     if soabi != info.PYTHON_SOABI:
         return None, info, f"it was built for {info.PYTHON_SOABI} and this Python is {soabi}. {_REINSTALL}"
     if _release(torch.__version__) != _release(info.TORCH_VERSION):
-        return None, info, (
-            f"it was built against torch {info.TORCH_VERSION} and torch {torch.__version__} is running. {_REINSTALL}"
+        return (
+            None,
+            info,
+            (f"it was built against torch {info.TORCH_VERSION} and torch {torch.__version__} is running. {_REINSTALL}"),
         )
     try:
         from fused_sgd import _C

@@ -40,7 +40,8 @@ class State(defaultdict[Any, Any]):
         return State, (), None, None, iter(self.items())
 
     def __missing__(self, key: Any) -> dict[str, Any]:
-        self[key] = inner = {}
+        inner: dict[str, Any] = {}
+        self[key] = inner
         return inner
 
     __setitem__ = _reporting("__setitem__")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
-from torch.optim.sgd import sgd as torch_sgd
-
 from fused_sgd._explain import Explanation, explain
-from fused_sgd._judge import Group, judge, local, momentum_buffer, place
+from fused_sgd._hyperparameters import check_defaults, check_duplicates, check_numbers, check_path
+from fused_sgd._judge import Group, gradient, judge, local, momentum_buffer, place
 from fused_sgd._native import C
 from fused_sgd._state import State
 from fused_sgd.reference import sgd_update, unscaled
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.sgd import sgd as torch_sgd
 
 if C is not None:
     _step = C.step
@@ -92,7 +91,7 @@ class FusedSGD(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        _check_defaults(defaults)
+        check_defaults(defaults)
         self._plan = None if C is None else C.Plan()
         super().__init__(params, defaults)
         self.state = State(self._plan, self.state)
@@ -109,9 +108,9 @@ class FusedSGD(Optimizer):
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)
                 number = len(self.param_groups)
-                _check_duplicates([entry[1] if isinstance(entry, tuple) else entry for entry in params], number)
-            _check_numbers({**self.defaults, **param_group}, f" (param group {len(self.param_groups)})")
-            _check_path({**self.defaults, **param_group})
+                check_duplicates([entry[1] if isinstance(entry, tuple) else entry for entry in params], number)
+            check_numbers({**self.defaults, **param_group}, f" (param group {len(self.param_groups)})")
+            check_path({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @overload
@@ -185,45 +184,44 @@ class FusedSGD(Optimizer):
 
     def _settle(self, rest: tuple[Any, ...], grad_scale: Tensor | float | None) -> None:
         """Does what the plan could not: judges, raises, or steps the parameters that no kernel takes."""
-        plan = self._plan
-        if rest[0] == "no plan":
-            return self._step_elsewhere(self._judge_all(), grad_scale)
+        answer: tuple[Any, ...] | None = rest
         if rest[0] == "state":  # someone put another dict there
-            self.state = State(plan, self.state)
-            rest = _step(plan, self.param_groups, self.state, grad_scale)
-        if rest is not None and rest[0] == "judge":
-            self._admit(rest[1])
-            rest = _step(plan, self.param_groups, self.state, grad_scale)
-        if rest is None:
+            self.state = State(self._plan, self.state)
+            answer = _step(self._plan, self.param_groups, self.state, grad_scale)
+        if answer is not None and answer[0] == "judge":
+            self._admit(answer[1])
+            answer = _step(self._plan, self.param_groups, self.state, grad_scale)
+        if answer is None:
             return
-        what, *arguments = rest
-        groups = self.param_groups
-        if what == "elsewhere":
-            self._step_elsewhere(arguments[0], grad_scale)
-        elif what == "mode":
-            forced = [group for group in groups if group["fused"] is True]
-            if forced:
+        if answer[0] == "elsewhere":
+            self._step_elsewhere(answer[1], grad_scale)
+        elif answer[0] in ("mode", "no plan"):
+            if answer[0] == "mode" and any(group["fused"] is True for group in self.param_groups):
                 raise RuntimeError("`fused=True` cannot be honoured under an active TorchDispatchMode; use fused=None")
             self._step_elsewhere(self._judge_all(), grad_scale)
-        elif what == "invalid":
-            group, key = arguments
-            _check_numbers(groups[group], f" (param group {group})")
-            raise AssertionError(f"{key} of param group {group} is invalid")
+        else:
+            self._refuse(*answer)
+
+    def _refuse(self, what: str, *details: Any) -> NoReturn:
+        """Raises the error for what the plan found."""
+        groups = self.param_groups
+        if what == "invalid":
+            group, _ = details
+            check_numbers(groups[group], f" (param group {group})")
         elif what == "freed":
-            group, index, role = arguments
+            group, index, role = details
             raise RuntimeError(
                 f"{place(groups, group, index)}: the storage of its {role} is smaller than the tensor; it was freed or"
                 " resized after the tensor was made"
             )
         elif what == "overlap":
-            (group, index, role), (other_group, other_index, other_role) = arguments
+            (group, index, role), (other_group, other_index, other_role) = details
             raise RuntimeError(
                 f"the {role} of {place(groups, group, index)} shares memory with the {other_role} of"
                 f" {place(groups, other_group, other_index)}; a step cannot write one without changing the other."
                 " Give the optimizer each tensor once, and tied weights as one parameter"
             )
-        else:
-            raise AssertionError(f"the plan did not settle: {rest}")
+        raise AssertionError(f"the plan did not settle: {what} {details}")
 
     def _admit(self, entries: list[tuple[int, int]]) -> None:
         """Judges parameters for the plan; all of them before the plan hears of any."""
@@ -234,6 +232,7 @@ class FusedSGD(Optimizer):
             param = options["params"][index]
             first = kernel and options["momentum"] != 0 and momentum_buffer(self.state, param) is None
             admissions.append((group, index, kernel, _new_momentum_buffer(param) if first else None))
+        assert self._plan is not None
         for admission in admissions:
             self._plan.admit(*admission)
 
@@ -242,7 +241,7 @@ class FusedSGD(Optimizer):
         entries = []
         seen: set[Tensor] = set()
         for group, options in enumerate(self.param_groups):
-            _check_numbers(options, f" (param group {group})")
+            check_numbers(options, f" (param group {group})")
             for index, param in enumerate(options["params"]):
                 if param in seen:
                     raise RuntimeError(f"{place(self.param_groups, group, index)} is in the optimizer twice")
@@ -264,7 +263,7 @@ class FusedSGD(Optimizer):
         for param in params:
             buffer = sgd_update(
                 param,
-                param.grad,
+                gradient(param),
                 momentum_buffer(self.state, param),
                 grad_scale=grad_scale,
                 **{key: options[key] for key in _HYPERPARAMETERS},
@@ -275,7 +274,9 @@ class FusedSGD(Optimizer):
     def _step_foreach(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
         if not params:
             return
-        grads = [param.grad if grad_scale is None else unscaled(param.grad, grad_scale) for param in params]
+        grads = [gradient(param) for param in params]
+        if grad_scale is not None:
+            grads = [unscaled(grad, grad_scale) for grad in grads]
         buffers = [momentum_buffer(self.state, param) for param in params]
         torch_sgd(
             params,
@@ -320,45 +321,3 @@ def _new_momentum_buffer(param: Tensor) -> Tensor:
         memory = local(buffer)
         (torch.view_as_real(memory.resolve_conj()) if memory.is_complex() else memory).fill_(-0.0)
     return buffer
-
-
-def _check_defaults(defaults: dict[str, Any]) -> None:
-    """The errors of torch.optim.SGD's constructor, in its words; and NaN, which torch lets through."""
-    _check_numbers(defaults)
-    for key, name in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
-        if defaults[key] < 0.0:
-            raise ValueError(f"Invalid {name}: {defaults[key]}")
-    if defaults["nesterov"] and (defaults["momentum"] <= 0 or defaults["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    _check_path(defaults)
-
-
-def _check_numbers(options: dict[str, Any], where: str = "") -> None:
-    for key in ("lr", "weight_decay"):
-        if isinstance(options[key], Tensor) and options[key].numel() != 1:
-            raise ValueError(f"Tensor {key} must be 1-element{where}")
-    names = {"lr": "learning rate", "momentum": "momentum value", "dampening": "dampening value"}
-    for key in ("lr", "momentum", "dampening", "weight_decay"):
-        value = options[key]
-        if math.isnan(value.detach() if isinstance(value, Tensor) else value):
-            raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {value}{where}")
-
-
-def _check_path(options: dict[str, Any]) -> None:
-    if not options["fused"]:
-        return
-    if options["differentiable"]:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if options["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if C is None:
-        from fused_sgd._native import why_missing
-
-        raise RuntimeError(f"`fused=True` needs the compiled module, and {why_missing}")
-
-
-def _check_duplicates(params: list[Any], group: int) -> None:
-    first: dict[int, int] = {}
-    for index, param in enumerate(params):
-        if isinstance(param, Tensor) and first.setdefault(id(param), index) != index:
-            raise ValueError(f"parameter {index} of param group {group} is the same tensor as parameter {first[id(param)]}")

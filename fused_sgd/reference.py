@@ -71,10 +71,7 @@ def sgd_update(
         d = _add(d, p, weight_decay)
     b = None
     if momentum != 0:
-        if momentum_buffer is None:
-            b = d
-        else:
-            b = _add(momentum_buffer.to(dtype) * momentum, d, 1 - dampening)
+        b = d if momentum_buffer is None else _add(momentum_buffer.to(dtype) * momentum, d, 1 - dampening)
         d = _add(d, b, momentum) if nesterov else b
     if dtype == param.dtype:
         _add(param, d, lr, sign=-1, in_place=True)

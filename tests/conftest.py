@@ -15,7 +15,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def pytest_sessionstart() -> None:
     if CHECKOUT in Path(fused_sgd.__file__).resolve().parents and ".venv" not in fused_sgd.__file__:
-        raise pytest.UsageError(f"the tests must run on the installed package, and {fused_sgd.__file__} is the checkout")
+        raise pytest.UsageError(
+            f"the tests must run on the installed package, and {fused_sgd.__file__} is the checkout"
+        )
     if C is None:
         raise pytest.UsageError(f"the tests need the compiled module: {why_missing}")
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from fused_sgd import FusedSGD
-from support import assert_same, copies, make_params, same_bits, set_grads
 from torch import Tensor
+
+from support import assert_same, copies, make_params, same_bits, set_grads
 
 SHAPES = [(33,), (4, 5), (257,)]
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.2}
@@ -90,7 +91,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written() -
     target.load_state_dict(source.state_dict())
     set_grads(params, seed=0)
     before = params[0].detach().clone()
-    with pytest.raises(RuntimeError, match="parameter 1 .*momentum_buffer has another shape"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 .*momentum_buffer has another shape"):
         target.step()
     assert torch.equal(params[0], before)
     with pytest.raises(ValueError, match="different number of parameter groups"):

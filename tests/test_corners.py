@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from fused_sgd import FusedSGD
-from support import assert_same, copies, float64_step, make_params, same_bits, set_grads
 from torch import Tensor
+
+from support import assert_same, copies, float64_step, make_params, same_bits, set_grads
 
 
 def scaler_step(optimizer: torch.optim.Optimizer, scale: float, found_inf: float) -> None:

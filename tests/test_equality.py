@@ -11,6 +11,7 @@ from fused_sgd import FusedSGD
 from fused_sgd.reference import sgd_update
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from support import assert_same, copies, float64_step, make_params, same_bits, set_grads
 
 SHAPES = [(1,), (7,), (32,), (1024,), (4097,), (3, 5), (0,), ()]
@@ -28,9 +29,7 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lr", [0.1, 1e-3])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items() if v))
-def test_equal_to_the_bit(
-    fma_isa: str, options: dict[str, Any], lr: float, dtype: torch.dtype, foreach: bool
-) -> None:
+def test_equal_to_the_bit(fma_isa: str, options: dict[str, Any], lr: float, dtype: torch.dtype, foreach: bool) -> None:
     """8 shapes x 20 options x 2 learning rates x 2 dtypes x 2 peers, each for 4 steps, on every set with FMA."""
     params = make_params(SHAPES, dtype)
     expected = copies(params)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from fused_sgd import FusedSGD
 from fused_sgd._judge import _unsound
-from support import make_params, set_grads, snapshot
 from torch import Tensor
+
+from support import make_params, set_grads, snapshot
 
 NAN = float("nan")
 
@@ -81,10 +82,10 @@ def test_what_torch_accepts_is_accepted(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("key", ["lr", "momentum", "dampening", "weight_decay"])
 @pytest.mark.parametrize("value", [NAN, np.float32("nan")])
 def test_nan_in_a_group(key: str, value: float) -> None:
-    optimizer, params = ready()
+    optimizer, _ = ready()
     optimizer.param_groups[0][key] = value
     assert_refused(optimizer, r"Invalid .*nan \(param group 0\)", ValueError)
-    optimizer, params = ready()
+    optimizer, _ = ready()
     with pytest.raises(ValueError, match=r"param group 1"):
         optimizer.add_param_group({"params": make_params([(2,)]), key: value})
     assert len(optimizer.param_groups) == 1
@@ -96,7 +97,9 @@ def test_expanded_parameter() -> None:
     p = torch.randn(4, 1).expand(4, 3).requires_grad_()
     optimizer.add_param_group({"params": [p]})
     p.grad = torch.ones(4, 3)
-    assert_refused(optimizer, r"param group 1, parameter 0 .*torch.float32, shape \(4, 3\), strides \(1, 0\).*share memory")
+    assert_refused(
+        optimizer, r"param group 1, parameter 0 .*torch.float32, shape \(4, 3\), strides \(1, 0\).*share memory"
+    )
 
 
 def test_self_overlapping_strides() -> None:
@@ -219,7 +222,9 @@ def test_momentum_buffer_that_is_no_tensor() -> None:
 def test_storage_freed_between_steps(role: str) -> None:
     """FSDP1 frees parameters by resizing their storage."""
     optimizer, params = ready()
-    victim = {"parameter": params[1], "gradient": params[1].grad}.get(role, optimizer.state[params[1]]["momentum_buffer"])
+    victim = {"parameter": params[1], "gradient": params[1].grad}.get(
+        role, optimizer.state[params[1]]["momentum_buffer"]
+    )
     before = params[0].detach().clone()
     victim.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"parameter 1 .*the storage of its {role} is smaller"):
@@ -284,7 +289,7 @@ def test_inference_tensor() -> None:
         p = torch.randn(3)
     optimizer.param_groups[0]["params"].append(p)
     p.grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match="parameter 3 .*inference tensor"):
+    with pytest.raises(RuntimeError, match=r"parameter 3 .*inference tensor"):
         optimizer.step()
 
 

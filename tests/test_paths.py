@@ -8,8 +8,9 @@ import pytest
 import torch
 from fused_sgd import FusedSGD
 from fused_sgd._native import C
-from support import assert_same, copies, make_params, same_bits, set_grads
 from torch import Tensor
+
+from support import assert_same, copies, make_params, same_bits, set_grads
 
 
 def paths(optimizer: FusedSGD) -> list[tuple[str, str]]:
@@ -40,7 +41,7 @@ def test_sparse_gradients_with_weight_decay_are_refused_by_name() -> None:
     params = make_params([(6, 4)])
     set_grads(params, seed=0)
     params[0].grad = params[0].grad.to_sparse()
-    with pytest.raises(RuntimeError, match="parameter 0 .*weight_decay does not support sparse gradients"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 .*weight_decay does not support sparse gradients"):
         FusedSGD(params, lr=0.1, weight_decay=0.1).step()
 
 
@@ -190,12 +191,12 @@ def test_explain_before_and_after_gradients() -> None:
     (row,) = optimizer.explain()
     assert row[:4] == (0, "cpu", "bfloat16", "kernel")
     assert row.reason.startswith("provisional")
-    assert (row.count, row.names) == (4, ("0.weight", "0.bias", "1.weight"))
+    assert (row.parameters, row.names) == (4, ("0.weight", "0.bias", "1.weight"))
     model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     (row,) = optimizer.explain()
     assert row.reason == ""
     text = str(optimizer.explain())
-    assert text.splitlines()[0].split() == ["group", "device", "dtype", "path", "reason", "count", "names"]
+    assert text.splitlines()[0].split() == ["group", "device", "dtype", "path", "reason", "parameters", "names"]
     model[0].weight.grad = model[0].weight.grad.t().contiguous().t()
     assert "gradient in other strides, through a copy" in str(optimizer.explain())
 
@@ -269,5 +270,5 @@ def test_the_gil_is_released_while_a_long_walk_runs() -> None:
 
 def test_selecting_an_instruction_set() -> None:
     assert C is not None
-    with pytest.raises(ValueError, match="unknown instruction set 'mmx'; compiled in are: .*portable"):
+    with pytest.raises(ValueError, match=r"unknown instruction set 'mmx'; compiled in are: .*portable"):
         C.select_instruction_set("mmx")

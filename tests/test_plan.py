@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from fused_sgd import FusedSGD
-from support import assert_same, copies, make_params, set_grads
 from torch import Tensor
+
+from support import assert_same, copies, make_params, set_grads
 
 Optimizer = torch.optim.Optimizer
 SHAPES = [(33,), (4, 5), (257,)]
@@ -246,7 +247,7 @@ def test_copies_and_pickles_are_independent() -> None:
     optimizer = FusedSGD(params, **OPTIONS)
     set_grads(params, seed=0)
     optimizer.step()
-    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):  # noqa: S301
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         twins = twin.param_groups[0]["params"]
         before = [p.detach().clone() for p in params]
         for step in range(1, 3):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fused_sgd import FusedSGD
+
 from support import make_params, set_grads
 
 

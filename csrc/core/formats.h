@@ -29,13 +29,13 @@ FSGD_INLINE uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
 }
 
-// fp16 by integer arithmetic and selects alone, so that loops over it vectorise on every instruction set. Subnormals are
-// exact in both directions and never pass through an fp32 subnormal, which flush-to-zero would destroy.
+// fp16 by integer arithmetic and selects alone, so that loops over it vectorise on every instruction set. Subnormals
+// are exact in both directions and never pass through an fp32 subnormal, which flush-to-zero would destroy.
 FSGD_INLINE float float16_to_float(uint16_t half) {
   const uint32_t magnitude = half & 0x7FFFu;
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t shifted = magnitude << 13;
-  const uint32_t normal = shifted + (112u << 23);    // exponent bias 15 -> 127
+  const uint32_t normal = shifted + (112u << 23);      // exponent bias 15 -> 127
   const uint32_t non_finite = shifted + (224u << 23);  // exponent 31 -> 255
   // A subnormal is magnitude * 2^-24: put it below the leading one of 2^-14, then take 2^-14 away; the rest is exact.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(shifted + (113u << 23)) - 6.103515625e-05f);

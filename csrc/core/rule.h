@@ -1,5 +1,6 @@
 // The update rule of SGD, for one element. It is written here and nowhere else: every instruction set of the CPU and
-// every GPU compiles this function. fused_sgd/reference.py is the same rule in PyTorch and is what it is tested against.
+// every GPU compiles this function. fused_sgd/reference.py is the same rule in PyTorch and is what it is tested
+// against.
 #pragma once
 
 #include "arithmetic.h"

@@ -1,9 +1,9 @@
 // The table: one optimizer step as plain data. Per tensor a row, per distinct set of hyperparameters a group, per
 // launch the scalars that only the step knows. A backend walks it and knows nothing else; it holds no torch type.
 //
-// Work is counted in chunks. A chunk is 2^log2_chunk_bytes of ONE tensor's parameter (the last one may be shorter), so that
-// chunks cost about the same whatever the dtype, and every tensor begins with a chunk of its own. Rows carry the running
-// sum of chunks, so the tensor of any chunk is found by binary search and no list of chunks exists.
+// Work is counted in chunks. A chunk is 2^log2_chunk_bytes of ONE tensor's parameter (the last one may be shorter), so
+// that chunks cost about the same whatever the dtype, and every tensor begins with a chunk of its own. Rows carry the
+// running sum of chunks, so the tensor of any chunk is found by binary search and no list of chunks exists.
 #pragma once
 
 #include <cstddef>
@@ -23,14 +23,14 @@ inline constexpr int kMaxColumns = 3;  // parameter, gradient, momentum buffer
 struct Row {
   int64_t length;      // elements
   uint32_t chunk_end;  // chunks of this row and of all before it
-  uint32_t kind;       // group (16 bits), combination (8 bits), first step (1 bit): all that may differ between two rows
+  uint32_t kind;  // group (16 bits), combination (8 bits), first step (1 bit): all that may differ between two rows
 
   static FSGD_INLINE uint32_t make_kind(uint32_t group, uint32_t combination, bool first_step) {
     return group | combination << 16 | static_cast<uint32_t>(first_step) << 24;
   }
-  FSGD_INLINE uint32_t group() const { return kind & 0xFFFFu; }              // index into Table::groups
-  FSGD_INLINE uint32_t combination() const { return kind >> 16 & 0xFFu; }    // line of FSGD_COMBINATIONS
-  FSGD_INLINE bool first_step() const { return (kind >> 24 & 1u) != 0; }     // of this parameter
+  FSGD_INLINE uint32_t group() const { return kind & 0xFFFFu; }            // index into Table::groups
+  FSGD_INLINE uint32_t combination() const { return kind >> 16 & 0xFFu; }  // line of FSGD_COMBINATIONS
+  FSGD_INLINE bool first_step() const { return (kind >> 24 & 1u) != 0; }   // of this parameter
 
   FSGD_INLINE void* const* columns() const { return reinterpret_cast<void* const*>(this + 1); }
   FSGD_INLINE void** columns() { return reinterpret_cast<void**>(this + 1); }
@@ -45,7 +45,9 @@ struct Table {
   uint32_t row_bytes = sizeof(Row) + kMaxColumns * sizeof(void*);
   uint32_t log2_chunk_bytes = 0;
 
-  FSGD_INLINE const Row& row(uint32_t i) const { return *reinterpret_cast<const Row*>(rows + std::size_t{i} * row_bytes); }
+  FSGD_INLINE const Row& row(uint32_t i) const {
+    return *reinterpret_cast<const Row*>(rows + std::size_t{i} * row_bytes);
+  }
   FSGD_INLINE uint32_t chunk_begin(uint32_t i) const { return i == 0 ? 0 : row(i - 1).chunk_end; }
   FSGD_INLINE uint32_t chunk_count() const { return row_count == 0 ? 0 : row(row_count - 1).chunk_end; }
   FSGD_INLINE int64_t chunk_elements(const Row& row) const {
@@ -113,7 +115,9 @@ class TablePacker {
   }
 
   // The pointers of a row that was added.
-  void** columns(uint32_t row) { return reinterpret_cast<Row*>(bytes_.data() + std::size_t{row} * row_bytes_)->columns(); }
+  void** columns(uint32_t row) {
+    return reinterpret_cast<Row*>(bytes_.data() + std::size_t{row} * row_bytes_)->columns();
+  }
   uint32_t row_count() const { return row_count_; }
   int64_t elements() const { return elements_; }
 

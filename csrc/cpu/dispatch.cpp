@@ -51,8 +51,7 @@ const std::vector<InstructionSet>& instruction_sets() {
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("fma");
        }},
-      {"avx2", walk_avx2, true,
-       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+      {"avx2", walk_avx2, true, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
 #if defined(__FMA__) || defined(__aarch64__)
       {"portable", walk_portable, true, [] { return true; }},

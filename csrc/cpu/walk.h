@@ -14,7 +14,7 @@ using Walk = void (*)(const Table& table, uint32_t chunk_begin, uint32_t chunk_e
 struct InstructionSet {
   const char* name;  // "avx512", "avx2" or "portable"
   Walk walk;
-  bool fast_fma;     // whether std::fma is one instruction; where it is not, results are the same and slow
+  bool fast_fma;  // whether std::fma is one instruction; where it is not, results are the same and slow
   bool (*runs_here)();
 };
 

@@ -10,8 +10,8 @@ namespace py = pybind11;
 
 namespace fused_sgd {
 
-const std::array<const char*, kKeyCount> kKeyNames = {
-    "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "fused", "foreach", "differentiable"};
+const std::array<const char*, kKeyCount> kKeyNames = {"lr",       "momentum", "dampening", "weight_decay",  "nesterov",
+                                                      "maximize", "fused",    "foreach",   "differentiable"};
 
 PyObject* interned(const char* text) {
   PyObject* string = PyUnicode_InternFromString(text);

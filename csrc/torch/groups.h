@@ -30,8 +30,8 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
-// Whether a dict is unchanged since it was last looked into. Python before 3.12 counts a dict's versions (PEP 509), which
-// saves looking a key up again; later ones do not, and there the answer is always no.
+// Whether a dict is unchanged since it was last looked into. Python before 3.12 counts a dict's versions (PEP 509),
+// which saves looking a key up again; later ones do not, and there the answer is always no.
 class DictVersion {
  public:
   bool is_of(PyObject* dict) const {
@@ -55,7 +55,18 @@ class DictVersion {
 };
 
 // The keys a step looks up. The path keys come last: when one of them changes, the group's parameters are judged anew.
-enum Key { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kFused, kForeach, kDifferentiable, kKeyCount };
+enum Key {
+  kLr,
+  kMomentum,
+  kDampening,
+  kWeightDecay,
+  kNesterov,
+  kMaximize,
+  kFused,
+  kForeach,
+  kDifferentiable,
+  kKeyCount
+};
 extern const std::array<const char*, kKeyCount> kKeyNames;
 
 class GroupReader {
@@ -78,6 +89,6 @@ class GroupReader {
 };
 
 PyObject* interned(const char* text);  // never freed
-double as_double(PyObject* value);      // of anything float() takes; throws py::error_already_set
+double as_double(PyObject* value);     // of anything float() takes; throws py::error_already_set
 
 }  // namespace fused_sgd

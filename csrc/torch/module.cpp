@@ -11,8 +11,8 @@ namespace py = pybind11;
 namespace fused_sgd {
 namespace {
 
-// The plan holds parameters, and parameters' hooks hold models, which may hold the optimizer. Python's garbage collector
-// finds such a circle only if it can look inside.
+// The plan holds parameters, and parameters' hooks hold models, which may hold the optimizer. Python's garbage
+// collector finds such a circle only if it can look inside.
 py::custom_type_setup plan_takes_part_in_gc() {
   return py::custom_type_setup([](PyHeapTypeObject* heap_type) {
     PyTypeObject* type = &heap_type->ht_type;
@@ -38,7 +38,8 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL, nullptr};
+PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
+                           nullptr};
 
 bool supports(at::ScalarType param, at::ScalarType grad, at::ScalarType momentum) {
   if (at::isComplexType(param) != at::isComplexType(grad) || at::isComplexType(param) != at::isComplexType(momentum)) {
@@ -51,9 +52,9 @@ bool supports(at::ScalarType param, at::ScalarType grad, at::ScalarType momentum
 // A strided tensor in CPU memory with nothing unusual about it but, perhaps, lazy conjugation or negation.
 bool is_plain(const at::Tensor& tensor) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-  const auto allowed = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                            c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView,
-                                            c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+  const auto allowed =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU,
+                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
   return impl.layout() == at::kStrided && impl.has_storage() && (impl.key_set().raw_repr() & ~allowed.raw_repr()) == 0;
 }
 

@@ -51,7 +51,8 @@ const at::Tensor* local_tensor(PyObject* object) {
   return THPVariable_CheckExact(local.ptr()) ? &THPVariable_Unpack(local.ptr()) : nullptr;
 }
 
-// A tensor's gradient, by reference; null or undefined when it has none. (at::Tensor::grad() would warn for non-leaves.)
+// A tensor's gradient, by reference; null or undefined when it has none. (at::Tensor::grad() would warn for
+// non-leaves.)
 const at::Tensor* gradient_of(const at::Tensor& tensor) {
   const c10::AutogradMetaInterface* meta = tensor.unsafeGetTensorImpl()->autograd_meta();
   return meta == nullptr ? nullptr : &static_cast<const torch::autograd::AutogradMeta*>(meta)->grad_;
@@ -278,8 +279,7 @@ py::object Plan::check_overlap() {
     if (a.grad_data == nullptr || (!written_moved_ && a.grad_data == a.entry->last_grad)) continue;
     const int64_t bytes = a.entry->grad_print.required_bytes;
     if (written_.clear_of(a.grad_data, a.grad_data + bytes)) continue;
-    if (const auto conflict =
-            written_.overlapping(make_range(*a.grad, a.grad_data, bytes, Role::Gradient, a.where))) {
+    if (const auto conflict = written_.overlapping(make_range(*a.grad, a.grad_data, bytes, Role::Gradient, a.where))) {
       return overlap(*conflict);
     }
   }
@@ -403,7 +403,8 @@ void Plan::admit(int64_t g, int64_t i, bool kernel, py::object new_buffer) {
   e.momentum = groups_[g].reader.values().momentum != 0;
   const at::Tensor* local_param = local_tensor(e.param.get());
   const at::Tensor* local_grad = local_gradient(grad);
-  const at::Tensor* momentum = e.momentum ? momentum_of(e, py::reinterpret_borrow<py::object>(state_)().ptr()) : local_param;
+  const at::Tensor* momentum =
+      e.momentum ? momentum_of(e, py::reinterpret_borrow<py::object>(state_)().ptr()) : local_param;
   TORCH_INTERNAL_ASSERT(local_param && local_grad && momentum, "admit() of a parameter the kernel cannot take");
   const auto p = format_of(local_param->scalar_type()), d = format_of(local_grad->scalar_type()),
              m = format_of(momentum->scalar_type());

@@ -2,8 +2,8 @@
 //
 // It is a cache and only a cache. What it keeps of a parameter is a judgement ("kernel, walked in these strides") with
 // the fingerprint of the tensors the judgement was made of. Each step looks everything up again: the groups' dicts, the
-// lists in them, each gradient, each momentum buffer, every pointer. What no longer matches is reported to Python, where
-// the judging is done (fused_sgd/_judge.py), and nothing is written until all of it is settled.
+// lists in them, each gradient, each momentum buffer, every pointer. What no longer matches is reported to Python,
+// where the judging is done (fused_sgd/_judge.py), and nothing is written until all of it is settled.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -61,7 +61,7 @@ class Plan {
     // What the last step used; null when the parameter took no part.
     char *last_param = nullptr, *last_grad = nullptr, *last_momentum = nullptr;
     Fingerprint param_print, grad_print, momentum_print;
-    Ref new_buffer;  // to be put into the state
+    Ref new_buffer;                // to be put into the state
     std::vector<int64_t> strides;  // of the walk; only when something is staged
     bool staged() const { return stage_param || stage_grad || stage_momentum; }
   };

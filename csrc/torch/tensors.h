@@ -57,7 +57,8 @@ struct Fingerprint {
 // The storage format of a dtype; complex ones are pairs of reals. Empty when there is none.
 std::optional<Format> format_of(at::ScalarType dtype);
 
-// Whether two tensors of one shape keep element i of a dense walk at the same offset. Dimensions of size 1 do not count.
+// Whether two tensors of one shape keep element i of a dense walk at the same offset. Dimensions of size 1 do not
+// count.
 bool same_strides(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b);
 
 // The strides in which a tensor is walked: its own when it is dense, contiguous ones otherwise.

@@ -11,6 +11,7 @@ import timm.optim
 import torch
 import torchvision
 from fused_sgd import FusedSGD
+
 from support import same_bits
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {

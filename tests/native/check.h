@@ -5,10 +5,10 @@
 
 inline int failures = 0;
 
-#define CHECK(condition)                                                      \
-  do {                                                                        \
-    if (!(condition)) {                                                       \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-      if (++failures > 20) return failures;                                   \
-    }                                                                         \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      if (++failures > 20) return failures;                               \
+    }                                                                     \
   } while (false)

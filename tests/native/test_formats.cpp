@@ -20,7 +20,9 @@ double half_value(uint16_t half) {
 
 double bfloat16_value(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
-bool same(double a, double b) { return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b)); }
+bool same(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
 
 // Whether `bits` is the nearest of its neighbours to x, ties to even. Neighbours of a sign-magnitude format differ by
 // one in their bits; infinity stands where the next power of two would.
@@ -77,8 +79,10 @@ int main() {
     const float high = bits + 1 == 0x7C00 ? 65536.0f : float16_to_float(static_cast<uint16_t>(bits + 1));
     const float tie = (low + high) / 2;
     CHECK((rounds_to_nearest_even<half_value, 0x7C00>(tie, float_to_float16(tie))));
-    CHECK((rounds_to_nearest_even<half_value, 0x7C00>(std::nextafter(tie, 0.0f), float_to_float16(std::nextafter(tie, 0.0f)))));
-    CHECK((rounds_to_nearest_even<half_value, 0x7C00>(std::nextafter(tie, 1e9f), float_to_float16(std::nextafter(tie, 1e9f)))));
+    CHECK((rounds_to_nearest_even<half_value, 0x7C00>(std::nextafter(tie, 0.0f),
+                                                      float_to_float16(std::nextafter(tie, 0.0f)))));
+    CHECK((rounds_to_nearest_even<half_value, 0x7C00>(std::nextafter(tie, 1e9f),
+                                                      float_to_float16(std::nextafter(tie, 1e9f)))));
   }
   std::printf("formats: %d failures\n", failures);
   return failures;

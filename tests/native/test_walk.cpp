@@ -1,5 +1,5 @@
-// The table and the walk without torch: packing, splitting, and bounds. Built with sanitizers, a read or write outside a
-// tensor is an error.
+// The table and the walk without torch: packing, splitting, and bounds. Built with sanitizers, a read or write outside
+// a tensor is an error.
 #include <cmath>
 #include <memory>
 #include <random>

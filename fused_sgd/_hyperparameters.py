@@ -1,0 +1,53 @@
+"""Checks of hyperparameters and options: torch.optim.SGD's errors in its words, and those it lacks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fused_sgd._native import C, why_missing
+from torch import Tensor
+
+
+def check_defaults(defaults: dict[str, Any]) -> None:
+    """The errors of torch.optim.SGD's constructor, in its words; and NaN, which torch lets through."""
+    check_numbers(defaults)
+    for key, name in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
+        if defaults[key] < 0.0:
+            raise ValueError(f"Invalid {name}: {defaults[key]}")
+    if defaults["nesterov"] and (defaults["momentum"] <= 0 or defaults["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    check_path(defaults)
+
+
+def check_numbers(options: dict[str, Any], where: str = "") -> None:
+    """Raises ValueError for NaN, and for tensors of more than one element."""
+    for key in ("lr", "weight_decay"):
+        if isinstance(options[key], Tensor) and options[key].numel() != 1:
+            raise ValueError(f"Tensor {key} must be 1-element{where}")
+    names = {"lr": "learning rate", "momentum": "momentum value", "dampening": "dampening value"}
+    for key in ("lr", "momentum", "dampening", "weight_decay"):
+        value = options[key]
+        if math.isnan(value.detach() if isinstance(value, Tensor) else value):
+            raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {value}{where}")
+
+
+def check_path(options: dict[str, Any]) -> None:
+    """Raises RuntimeError for path options that exclude each other or cannot be honoured."""
+    if not options["fused"]:
+        return
+    if options["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if C is None:
+        raise RuntimeError(f"`fused=True` needs the compiled module, and {why_missing}")
+
+
+def check_duplicates(params: list[Any], group: int) -> None:
+    """Raises ValueError for a tensor given twice in one group."""
+    first: dict[int, int] = {}
+    for index, param in enumerate(params):
+        earlier = first.setdefault(id(param), index)
+        if isinstance(param, Tensor) and earlier != index:
+            raise ValueError(f"parameter {index} of param group {group} is the same tensor as parameter {earlier}")
