@@ -77,6 +77,7 @@ class TablePacker {
     row_bytes_ = static_cast<uint32_t>(sizeof(Row) + static_cast<std::size_t>(columns) * sizeof(void*));
     log2_chunk_bytes_ = log2_chunk_bytes;
     row_count_ = 0;
+    used_bytes_ = 0;
     chunks_ = 0;
     elements_ = 0;
     groups_.clear();
@@ -98,8 +99,7 @@ class TablePacker {
 
   // A row; the caller writes its pointers, to what is returned. length > 0; group as add_group() returned it.
   void** add_row(int64_t length, uint32_t group, uint32_t combination, bool first_step) {
-    const std::size_t offset = std::size_t{row_count_} * row_bytes_;
-    if (bytes_.size() < offset + row_bytes_) bytes_.resize(2 * (offset + row_bytes_));
+    if (bytes_.size() < used_bytes_ + row_bytes_) bytes_.resize(2 * (used_bytes_ + row_bytes_));
     const uint32_t log2_chunk = log2_chunk_bytes_ - kCombinations[combination].parameter_log2_bytes;
     chunks_ += static_cast<uint64_t>((length - 1) >> log2_chunk) + 1;
     if (chunks_ > std::numeric_limits<uint32_t>::max()) {
@@ -107,7 +107,8 @@ class TablePacker {
     }
     elements_ += length;
     ++row_count_;
-    Row* row = reinterpret_cast<Row*>(bytes_.data() + offset);
+    Row* row = reinterpret_cast<Row*>(bytes_.data() + used_bytes_);
+    used_bytes_ += row_bytes_;
     row->length = length;
     row->chunk_end = static_cast<uint32_t>(chunks_);
     row->kind = Row::make_kind(group, combination, first_step);
@@ -131,6 +132,7 @@ class TablePacker {
   uint32_t row_bytes_ = 0;
   uint32_t log2_chunk_bytes_ = 0;
   uint32_t row_count_ = 0;
+  std::size_t used_bytes_ = 0;
   uint64_t chunks_ = 0;
   int64_t elements_ = 0;
 };

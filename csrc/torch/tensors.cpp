@@ -8,10 +8,11 @@ Fingerprint Fingerprint::of(const at::Tensor& tensor, const int64_t* parameter_g
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   Fingerprint print;
   print.keys = impl.key_set().raw_repr();
-  print.dtype = impl.dtype().toScalarType();
+  print.dtype = impl.dtype();
+  print.contiguous = impl.is_contiguous();
   print.itemsize = static_cast<uint8_t>(tensor.element_size());
   const int64_t dims = tensor.dim();
-  print.dims = static_cast<int8_t>(dims);
+  print.dims = static_cast<uint8_t>(dims);
   print.geometry = std::make_unique<int64_t[]>(2 * dims + 1);  // never null, so that "shared" can be told apart
   int64_t last = 0;                                            // offset of the last element
   for (int64_t dim = 0; dim < dims; ++dim) {

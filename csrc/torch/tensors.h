@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -10,37 +11,30 @@
 
 namespace fused_sgd {
 
-// Whether a tensor has sizes and strides of its own to be read.
-FSGD_INLINE bool has_geometry(const c10::TensorImpl& impl) {
-  return impl.layout() == at::kStrided && !impl.is_python_dispatch() && !impl.is_nested();
-}
-
-// What must stay the same about a tensor for a judgement of it to hold. Compared at every step, in nanoseconds.
-// The dispatch key set stands for device type, layout, conj and neg bits, subclass, inference mode and quantisation.
+// What must stay the same about an ordinary strided tensor for a judgement of it to hold. Compared at every step, in
+// nanoseconds. The dispatch key set stands for device type, layout, conj and neg bits, subclass, inference mode and
+// quantisation.
 struct Fingerprint {
   uint64_t keys = 0;
-  c10::ScalarType dtype = c10::ScalarType::Undefined;
-  int8_t dims = 0;
+  caffe2::TypeMeta dtype;
+  uint8_t dims = 0;
   uint8_t itemsize = 0;
+  bool contiguous = false;     // then strides follow from sizes
   int64_t required_bytes = 0;  // of storage, behind the tensor's offset
   // Sizes, then strides. A gradient usually has its parameter's, and is then compared with those: null.
   std::unique_ptr<int64_t[]> geometry;
 
-  // Of an ordinary strided tensor.
   static Fingerprint of(const at::Tensor& tensor, const int64_t* parameter_geometry = nullptr);
 
   FSGD_INLINE bool matches(const c10::TensorImpl& impl, const int64_t* parameter_geometry = nullptr) const {
-    if (impl.key_set().raw_repr() != keys || impl.dtype().toScalarType() != dtype) return false;
-    if (!has_geometry(impl)) return false;
+    if (impl.key_set().raw_repr() != keys || impl.dtype() != dtype || impl.is_contiguous() != contiguous) return false;
     const at::IntArrayRef sizes = impl.sizes();
-    if (static_cast<std::size_t>(dims) != sizes.size()) return false;
-    const at::IntArrayRef strides = impl.strides();
+    if (dims != sizes.size()) return false;
     const int64_t* expected = geometry ? geometry.get() : parameter_geometry;
-    int64_t difference = 0;
     for (int dim = 0; dim < dims; ++dim) {
-      difference |= (sizes[dim] ^ expected[dim]) | (strides[dim] ^ expected[dims + dim]);
+      if (sizes[dim] != expected[dim]) return false;
     }
-    return difference == 0;
+    return contiguous || std::equal(expected + dims, expected + 2 * dims, impl.strides().begin());
   }
 
   // Where the first element of a tensor that matches is, or nullptr when its storage no longer holds all elements.

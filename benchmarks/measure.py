@@ -1,0 +1,137 @@
+"""Interleaved timing: what disturbs the machine for a while then disturbs every peer alike."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Protocol
+
+Step = Callable[[], object]
+
+
+class Clock(Protocol):
+    """What a step's time means. A device's own clock would be another class, and nothing else would change."""
+
+    name: str
+
+    def seconds(self, step: Step, repeats: int) -> float:
+        """The time of one step, taken over so many."""
+
+
+class WallClock:
+    """The time until ``step()`` returns, which on a CPU is when its work is done."""
+
+    name = "wall"
+
+    def seconds(self, step: Step, repeats: int) -> float:
+        """The time of one step, taken over so many."""
+        begin = time.perf_counter_ns()
+        for _ in repeat(None, repeats):
+            step()
+        return (time.perf_counter_ns() - begin) * 1e-9 / repeats
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a configuration is measured: rounds until the time is up, but within these bounds.
+
+    On a machine so busy that the fewest rounds take several times as long, it ends after three.
+    """
+
+    min_rounds: int
+    max_rounds: int
+    seconds: float
+
+
+FULL = Effort(min_rounds=15, max_rounds=100, seconds=6.0)
+QUICK = Effort(min_rounds=5, max_rounds=20, seconds=0.7)
+
+_WARM_UP_STEPS = 3  # state is made, caches and plans are filled, threads are started
+_PATIENCE = 4
+_SAMPLE_SECONDS = 1e-3  # shorter steps are repeated until a sample takes this long
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The middle of a distribution, and where its middle half lies."""
+
+    q1: float
+    median: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Quartiles:
+        """Of at least two values."""
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds a step took in each round. Round i of one peer belongs to round i of every other."""
+
+    seconds: list[float]
+    repeats: int  # steps in a sample
+
+    def quartiles(self) -> Quartiles:
+        """Of the step's seconds."""
+        return Quartiles.of(self.seconds)
+
+    def ratio_to(self, other: Samples) -> Quartiles:
+        """Of this time over the other's, pair by pair."""
+        return Quartiles.of([a / b for a, b in zip(self.seconds, other.seconds, strict=True)])
+
+
+def measure(
+    steps: Mapping[str, Step], clock: Clock, effort: Effort, on_round: Callable[[int], None] = lambda _: None
+) -> dict[str, Samples]:
+    """Times every step once a round, in an order drawn anew each time so that none always follows the same one.
+
+    Args:
+        steps: by the peer's name.
+        clock: what is read.
+        effort: how many rounds.
+        on_round: called after each round with how many are done.
+
+    Returns:
+        Samples by the peer's name.
+    """
+    repeats = {}
+    for name, step in steps.items():
+        for _ in range(_WARM_UP_STEPS):
+            step()
+        fastest = min(clock.seconds(step, 1) for _ in range(_WARM_UP_STEPS))
+        repeats[name] = max(1, math.ceil(_SAMPLE_SECONDS / fastest))
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    shuffle = random.Random(0).shuffle
+    with _no_garbage_collection():
+        begin = time.perf_counter()
+        for done in range(1, effort.max_rounds + 1):
+            shuffle(order)
+            for name in order:
+                seconds[name].append(clock.seconds(steps[name], repeats[name]))
+            on_round(done)
+            elapsed = time.perf_counter() - begin
+            if elapsed > effort.seconds and done >= effort.min_rounds:
+                break
+            if elapsed > _PATIENCE * effort.seconds and done >= 3:
+                break
+    return {name: Samples(seconds[name], repeats[name]) for name in steps}
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
