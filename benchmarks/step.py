@@ -27,7 +27,6 @@ except ImportError as missing:
     sys.exit(f"the benchmarks need torch and rich: {missing}")
 
 import machine
-import report
 import results
 import workload
 from arguments import Arguments, parse
@@ -37,6 +36,8 @@ from results import Configuration, Row
 from shapes import ShapeSet
 from verify import check
 from workload import make_workload
+
+import report
 
 CLOCK = WallClock()
 

@@ -143,6 +143,7 @@ void Plan::match_group(std::size_t number, PyObject* dict) {
     }
     entry = Entry();
     entry.param.set(param);
+    entry.where = Where{static_cast<uint32_t>(number), static_cast<uint32_t>(i)};
     written_moved_ = true;
   }
 }
@@ -183,13 +184,12 @@ bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool mome
   if (entry.path == Path::Elsewhere) return true;
   if (entry.momentum != momentum) return false;
   active.param = entry.is_dtensor ? local_tensor(entry.param.get()) : &THPVariable_Unpack(entry.param.get());
-  if (active.param == nullptr || !entry.param_print.matches(*active.param->unsafeGetTensorImpl())) return false;
-  const int64_t* geometry = entry.param_print.geometry.get();
+  if (active.param == nullptr || !entry.param_print->matches(*active.param->unsafeGetTensorImpl())) return false;
   active.grad = local_gradient(grad);
-  if (active.grad == nullptr || !entry.grad_print.matches(*active.grad->unsafeGetTensorImpl(), geometry)) return false;
+  if (active.grad == nullptr || !entry.grad_print->matches(*active.grad->unsafeGetTensorImpl())) return false;
   active.momentum = momentum ? momentum_of(entry, state) : nullptr;
   return !momentum || (active.momentum != nullptr &&
-                       entry.momentum_print.matches(*active.momentum->unsafeGetTensorImpl(), geometry));
+                       entry.momentum_print->matches(*active.momentum->unsafeGetTensorImpl()));
 }
 
 // Looks at everything the step will touch, and packs the table. Writes to no tensor and no state.
@@ -222,7 +222,7 @@ py::object Plan::scan(PyObject* param_groups, PyObject* state) {
         entry.last_param = nullptr;
         continue;
       }
-      Active& a = active_.emplace_back(&entry, static_cast<uint32_t>(g), static_cast<uint32_t>(i), packer_.row_count());
+      Active& a = active_.emplace_back(&entry);
       if (!holds(entry, a, *grad, momentum, state)) {
         active_.pop_back();
         entry.path = Path::Unjudged;
@@ -231,19 +231,19 @@ py::object Plan::scan(PyObject* param_groups, PyObject* state) {
         continue;
       }
       if (entry.path == Path::Elsewhere) {
-        elsewhere_.push_back(a.where);
+        elsewhere_.push_back(entry.where);
         active_.pop_back();
         continue;
       }
       any_new_buffer_ |= entry.new_buffer.get() != nullptr;
       if (entry.length != 0) {
-        a.param_data = entry.param_print.locate(*a.param->unsafeGetTensorImpl(), true);
-        a.grad_data = entry.grad_print.locate(*a.grad->unsafeGetTensorImpl(), false);
-        if (a.param_data == nullptr) return freed(a.where, Role::Parameter);
-        if (a.grad_data == nullptr) return freed(a.where, Role::Gradient);
+        a.param_data = entry.param_print->locate(*a.param->unsafeGetTensorImpl(), true);
+        a.grad_data = entry.grad_print->locate(*a.grad->unsafeGetTensorImpl(), false);
+        if (a.param_data == nullptr) return freed(entry.where, Role::Parameter);
+        if (a.grad_data == nullptr) return freed(entry.where, Role::Gradient);
         if (momentum) {
-          a.momentum_data = entry.momentum_print.locate(*a.momentum->unsafeGetTensorImpl(), true);
-          if (a.momentum_data == nullptr) return freed(a.where, Role::Momentum);
+          a.momentum_data = entry.momentum_print->locate(*a.momentum->unsafeGetTensorImpl(), true);
+          if (a.momentum_data == nullptr) return freed(entry.where, Role::Momentum);
         }
         written_moved_ |= a.param_data != entry.last_param || a.momentum_data != entry.last_momentum;
         grads_moved_ |= a.grad_data != entry.last_grad;
@@ -267,19 +267,19 @@ py::object Plan::check_overlap() {
     for (const Active& a : active_) {
       if (a.param_data == nullptr) continue;
       const Entry& e = *a.entry;
-      written_.add(make_range(*a.param, a.param_data, e.param_print.required_bytes, Role::Parameter, a.where));
+      written_.add(make_range(*a.param, a.param_data, e.param_print->required_bytes, Role::Parameter, e.where));
       if (a.momentum_data != nullptr) {
         written_.add(
-            make_range(*a.momentum, a.momentum_data, e.momentum_print.required_bytes, Role::Momentum, a.where));
+            make_range(*a.momentum, a.momentum_data, e.momentum_print->required_bytes, Role::Momentum, e.where));
       }
     }
     if (const auto conflict = written_.seal()) return overlap(*conflict);
   }
   for (const Active& a : active_) {
     if (a.grad_data == nullptr || (!written_moved_ && a.grad_data == a.entry->last_grad)) continue;
-    const int64_t bytes = a.entry->grad_print.required_bytes;
+    const int64_t bytes = a.entry->grad_print->required_bytes;
     if (written_.clear_of(a.grad_data, a.grad_data + bytes)) continue;
-    if (const auto conflict = written_.overlapping(make_range(*a.grad, a.grad_data, bytes, Role::Gradient, a.where))) {
+    if (const auto conflict = written_.overlapping(make_range(*a.grad, a.grad_data, bytes, Role::Gradient, a.entry->where))) {
       return overlap(*conflict);
     }
   }
@@ -289,17 +289,21 @@ py::object Plan::check_overlap() {
 // Tensors in other strides than the walk's are walked through a copy: their rows' pointers become the copies'.
 void Plan::stage() {
   copies_.clear();
+  uint32_t row = 0;
   for (const Active& a : active_) {
     const Entry& e = *a.entry;
     if (e.length == 0) continue;
-    const auto through_copy = [&](bool needed, const at::Tensor* tensor, int column) {
+    void** columns = packer_.columns(row++);
+    if (!e.staged()) continue;
+    const auto strides = walk_strides(*a.param);
+    const auto through_copy = [&](bool needed, const at::Tensor* tensor, void*& data) {
       if (!needed) return;
-      copies_.push_back(staged(*tensor, e.strides));
-      packer_.columns(a.row)[column] = copies_.back().mutable_data_ptr();
+      copies_.push_back(staged(*tensor, strides));
+      data = copies_.back().mutable_data_ptr();
     };
-    through_copy(e.stage_grad, a.grad, 1);
-    through_copy(e.stage_param, a.param, 0);
-    through_copy(e.stage_momentum, a.momentum, 2);
+    through_copy(e.stage_grad, a.grad, columns[1]);
+    through_copy(e.stage_param, a.param, columns[0]);
+    through_copy(e.stage_momentum, a.momentum, columns[2]);
   }
 }
 
@@ -417,10 +421,9 @@ void Plan::admit(int64_t g, int64_t i, bool kernel, py::object new_buffer) {
   e.stage_param = needs_staging(*local_param, strides);
   e.stage_grad = needs_staging(*local_grad, strides);
   e.stage_momentum = e.momentum && needs_staging(*momentum, strides);
-  if (e.staged()) e.strides.assign(strides.begin(), strides.end());
-  e.param_print = Fingerprint::of(*local_param);
-  e.grad_print = Fingerprint::of(*local_grad, e.param_print.geometry.get());
-  if (e.momentum) e.momentum_print = Fingerprint::of(*momentum, e.param_print.geometry.get());
+  e.param_print = prints_.get(*local_param);
+  e.grad_print = prints_.get(*local_grad);
+  if (e.momentum) e.momentum_print = prints_.get(*momentum);
   e.path = Path::Kernel;
   written_moved_ = true;
 }
@@ -454,6 +457,7 @@ void Plan::forget_state() {
 
 void Plan::forget() {
   groups_.clear();
+  prints_.clear();
   written_.clear();
   written_moved_ = true;
 }

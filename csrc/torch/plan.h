@@ -46,37 +46,38 @@ class Plan {
  private:
   enum class Path : uint8_t { Unjudged, Elsewhere, Kernel };
 
-  struct Entry {
+  // Two cache lines, and a step reads them all.
+  struct alignas(64) Entry {
     Ref param;
     Ref state;  // the parameter's own dict
     DictVersion state_version;
     PyObject* momentum_object = nullptr;  // what that version of the dict holds, borrowed from it
+    const Fingerprint *param_print = nullptr, *grad_print = nullptr, *momentum_print = nullptr;
+    int64_t length = 0;  // reals
+    // What the last step used; null when the parameter took no part.
+    char *last_param = nullptr, *last_grad = nullptr, *last_momentum = nullptr;
     Path path = Path::Unjudged;
     bool state_known = false;
     bool momentum = false;
     bool is_dtensor = false;
     bool stage_param = false, stage_grad = false, stage_momentum = false;
     uint8_t combination = 0;
-    int64_t length = 0;  // reals
-    // What the last step used; null when the parameter took no part.
-    char *last_param = nullptr, *last_grad = nullptr, *last_momentum = nullptr;
-    Fingerprint param_print, grad_print, momentum_print;
-    Ref new_buffer;                // to be put into the state
-    std::vector<int64_t> strides;  // of the walk; only when something is staged
+    Ref new_buffer;  // to be put into the state
+    Where where{};
+
     bool staged() const { return stage_param || stage_grad || stage_momentum; }
   };
+  static_assert(sizeof(Entry) <= 128);
   struct GroupEntry {
     Ref dict;
     GroupReader reader;
     std::vector<Entry> entries;
   };
-  // One parameter that takes part in this step. Tensors are local ones; momentum may be null.
+  // One parameter that takes part in this step. Tensors are local ones; momentum may be null. Data pointers are null
+  // for a tensor without elements, which has no row in the table.
   struct Active {
-    Active(Entry* its_entry, uint32_t group, uint32_t index, uint32_t its_row)
-        : entry(its_entry), where{group, index}, row(its_row) {}
+    explicit Active(Entry* its_entry) : entry(its_entry) {}
     Entry* entry;
-    Where where;
-    uint32_t row;  // in the table
     const at::Tensor *param = nullptr, *grad = nullptr, *momentum = nullptr;
     char *param_data = nullptr, *grad_data = nullptr, *momentum_data = nullptr;
   };
@@ -101,6 +102,7 @@ class Plan {
   std::vector<at::Tensor> held_;    // gradients, kept alive while the GIL is released
   std::vector<at::Tensor> copies_;  // what staged tensors are walked through
   WrittenMemory written_;
+  FingerprintPool prints_;
   TablePacker packer_;
   float grad_scale_ = 1;
   bool has_grad_scale_ = false;

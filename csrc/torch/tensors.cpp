@@ -4,27 +4,26 @@
 
 namespace fused_sgd {
 
-Fingerprint Fingerprint::of(const at::Tensor& tensor, const int64_t* parameter_geometry) {
-  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-  Fingerprint print;
-  print.keys = impl.key_set().raw_repr();
-  print.dtype = impl.dtype();
-  print.contiguous = impl.is_contiguous();
-  print.itemsize = static_cast<uint8_t>(tensor.element_size());
-  const int64_t dims = tensor.dim();
-  print.dims = static_cast<uint8_t>(dims);
-  print.geometry = std::make_unique<int64_t[]>(2 * dims + 1);  // never null, so that "shared" can be told apart
-  int64_t last = 0;                                            // offset of the last element
-  for (int64_t dim = 0; dim < dims; ++dim) {
-    print.geometry[dim] = tensor.size(dim);
-    print.geometry[dims + dim] = tensor.stride(dim);
-    last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  }
-  print.required_bytes = tensor.numel() == 0 ? 0 : (last + 1) * print.itemsize;
-  if (parameter_geometry && std::equal(&print.geometry[0], &print.geometry[0] + 2 * dims, parameter_geometry)) {
-    print.geometry.reset();
-  }
-  return print;
+Fingerprint::Fingerprint(const at::Tensor& tensor)
+    : keys(tensor.key_set().raw_repr()),
+      dtype(tensor.dtype()),
+      itemsize(static_cast<uint8_t>(tensor.element_size())),
+      contiguous(tensor.is_contiguous()),
+      required_bytes(0),
+      sizes(tensor.sizes().begin(), tensor.sizes().end()),
+      strides(tensor.strides().begin(), tensor.strides().end()) {
+  if (tensor.numel() == 0) return;
+  int64_t last = 0;  // offset of the last element
+  for (std::size_t dim = 0; dim < sizes.size(); ++dim) last += (sizes[dim] - 1) * strides[dim];
+  required_bytes = (last + 1) * itemsize;
+}
+
+const Fingerprint* FingerprintPool::get(const at::Tensor& tensor) {
+  std::vector<int64_t> key = {static_cast<int64_t>(tensor.key_set().raw_repr()),
+                              static_cast<int64_t>(tensor.scalar_type())};
+  key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
+  key.insert(key.end(), tensor.strides().begin(), tensor.strides().end());
+  return &prints_.try_emplace(std::move(key), tensor).first->second;
 }
 
 std::optional<Format> format_of(at::ScalarType dtype) {

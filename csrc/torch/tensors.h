@@ -3,9 +3,9 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
-#include <memory>
+#include <map>
 #include <optional>
+#include <vector>
 
 #include "../core/combinations.h"
 
@@ -15,26 +15,19 @@ namespace fused_sgd {
 // nanoseconds. The dispatch key set stands for device type, layout, conj and neg bits, subclass, inference mode and
 // quantisation.
 struct Fingerprint {
-  uint64_t keys = 0;
+  uint64_t keys;
   caffe2::TypeMeta dtype;
-  uint8_t dims = 0;
-  uint8_t itemsize = 0;
-  bool contiguous = false;     // then strides follow from sizes
-  int64_t required_bytes = 0;  // of storage, behind the tensor's offset
-  // Sizes, then strides. A gradient usually has its parameter's, and is then compared with those: null.
-  std::unique_ptr<int64_t[]> geometry;
+  uint8_t itemsize;
+  bool contiguous;         // then strides follow from sizes
+  int64_t required_bytes;  // of storage, behind the tensor's offset
+  c10::SmallVector<int64_t, 5> sizes;
+  c10::SmallVector<int64_t, 5> strides;
 
-  static Fingerprint of(const at::Tensor& tensor, const int64_t* parameter_geometry = nullptr);
+  explicit Fingerprint(const at::Tensor& tensor);
 
-  FSGD_INLINE bool matches(const c10::TensorImpl& impl, const int64_t* parameter_geometry = nullptr) const {
+  FSGD_INLINE bool matches(const c10::TensorImpl& impl) const {
     if (impl.key_set().raw_repr() != keys || impl.dtype() != dtype || impl.is_contiguous() != contiguous) return false;
-    const at::IntArrayRef sizes = impl.sizes();
-    if (dims != sizes.size()) return false;
-    const int64_t* expected = geometry ? geometry.get() : parameter_geometry;
-    for (int dim = 0; dim < dims; ++dim) {
-      if (sizes[dim] != expected[dim]) return false;
-    }
-    return contiguous || std::equal(expected + dims, expected + 2 * dims, impl.strides().begin());
+    return impl.sizes() == at::IntArrayRef(sizes) && (contiguous || impl.strides() == at::IntArrayRef(strides));
   }
 
   // Where the first element of a tensor that matches is, or nullptr when its storage no longer holds all elements.
@@ -46,6 +39,17 @@ struct Fingerprint {
     char* base = static_cast<char*>(writable ? storage->mutable_data() : const_cast<void*>(storage->data()));
     return base == nullptr ? nullptr : base + offset;
   }
+};
+
+// Fingerprints, each kept once: a parameter, its gradient and its momentum buffer have the same one as a rule, and then
+// take the same place in the cache. Pointers stay valid until clear().
+class FingerprintPool {
+ public:
+  const Fingerprint* get(const at::Tensor& tensor);
+  void clear() { prints_.clear(); }
+
+ private:
+  std::map<std::vector<int64_t>, Fingerprint> prints_;
 };
 
 // The storage format of a dtype; complex ones are pairs of reals. Empty when there is none.
