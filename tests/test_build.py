@@ -39,7 +39,7 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build
 
 
-@pytest.mark.parametrize("test", ["formats", "walk"])
+@pytest.mark.parametrize("test", ["formats", "blocks", "walk"])
 def test_native(native_build: Path, test: str) -> None:
     result = run(native_build / f"test_{test}")
     assert result.returncode == 0, result.stdout + result.stderr

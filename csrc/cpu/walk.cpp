@@ -3,55 +3,10 @@
 // that code of one instruction set is never linked in place of another's.
 #include "walk.h"
 
+#include "elements.h"
+
 namespace fused_sgd::cpu {
 namespace {
-
-// Elements [begin, end) of one tensor, where every format stores each element by itself.
-// The constants repeat what the hyperparameters say: kMomentum decides which memory is touched; kUsual keeps a division
-// and three selects out of the usual loop, which matters where conversions to 16 bits keep the processor busy.
-template <class P, class G, class M, bool kMomentum, bool kUsual>
-void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
-                   int64_t end) {
-  using Acc = typename P::Acc;
-  const P param(columns);
-  const G grad(columns + P::kColumns);
-  const M momentum(columns + P::kColumns + G::kColumns);
-  Hyperparameters<Acc> h = hyperparameters;
-  h.has_momentum = kMomentum;
-  if constexpr (kUsual) h.has_grad_scale = h.maximize = h.nesterov = h.first_step = false;
-#pragma GCC ivdep
-  for (int64_t i = begin; i < end; ++i) {
-    Acc p = param.load(i);
-    Acc b = kMomentum ? momentum.load(i) : Acc(0);
-    update(h, static_cast<Acc>(grad.load(i)), p, b);
-    param.store(i, p);
-    if constexpr (kMomentum) momentum.store(i, b);
-  }
-}
-
-// The same where the momentum is stored in blocks: load -> rule -> reduce over the block -> store. Ranges begin at a
-// block's first element, because chunks are multiples of every block.
-template <class P, class G, class M>
-void walk_blocks(void* const* columns, const Hyperparameters<typename P::Acc>& h, int64_t begin, int64_t end) {
-  using Acc = typename P::Acc;
-  const P param(columns);
-  const G grad(columns + P::kColumns);
-  const M momentum(columns + P::kColumns + G::kColumns);
-  for (int64_t block = begin; block < end; block += M::kBlock) {
-    const int64_t count = end - block < M::kBlock ? end - block : M::kBlock;
-    Acc values[M::kBlock];
-    typename M::Reduction reduction{};
-    for (int64_t i = 0; i < count; ++i) {
-      Acc p = param.load(block + i);
-      values[i] = momentum.load(block + i);
-      update(h, static_cast<Acc>(grad.load(block + i)), p, values[i]);
-      param.store(block + i, p);
-      M::reduce(reduction, values[i]);
-    }
-    for (int64_t i = 0; i < count; ++i) momentum.store(block + i, values[i], reduction);
-    momentum.finish(block / M::kBlock, reduction);
-  }
-}
 
 // The first lines of the next row's tensors: the hardware follows a stream, but does not guess where the next begins.
 // Tiny tensors are likely there already.
@@ -65,19 +20,21 @@ FSGD_INLINE void prefetch_row(const Row& row) {
   }
 }
 
-// A run of consecutive rows of one combination: the hyperparameters are cast once for as long as they stay the same.
-// begin and end are the first row's first element and the last row's last one plus one.
+// Walks from element `begin` of row `first` to the end of the range, or to the first row of another combination, and
+// returns the row to go on with. The hyperparameters are cast once for as long as they stay the same.
 template <class P, class G, class M>
-void walk_rows(const Table& table, uint32_t first, uint32_t last, int64_t begin, int64_t end) {
+uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t chunk_end) {
   static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
   using Acc = typename P::Acc;
   using WalkElements = void (*)(void* const*, const Hyperparameters<Acc>&, int64_t, int64_t);
   Hyperparameters<Acc> h{Group{}, nullptr, false};
   WalkElements walk = nullptr;
+  const uint32_t combination = table.row(first).combination();
   uint32_t kind = 0;
-  for (uint32_t i = first; i <= last; ++i) {
+  for (uint32_t i = first;; ++i, begin = 0) {
     const Row& row = table.row(i);
     if (walk == nullptr || row.kind != kind) {
+      if (row.combination() != combination) return i;
       kind = row.kind;
       h = Hyperparameters<Acc>(table.groups[row.group()], table.grad_scale, row.first_step());
       const bool usual = !h.has_grad_scale && !h.maximize && !h.nesterov && !h.first_step;
@@ -89,12 +46,17 @@ void walk_rows(const Table& table, uint32_t first, uint32_t last, int64_t begin,
         walk = walk_blocks<P, G, M>;
       }
     }
-    if (i < last) prefetch_row<P::kColumns + G::kColumns + M::kColumns>(table.row(i + 1));
-    walk(row.columns(), h, i == first ? begin : 0, i == last ? end : row.length);
+    if (row.chunk_end >= chunk_end) {  // the last row of the range, perhaps not to its end
+      const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements(row);
+      walk(row.columns(), h, begin, end < row.length ? end : row.length);
+      return i + 1;
+    }
+    prefetch_row<P::kColumns + G::kColumns + M::kColumns>(table.row(i + 1));
+    walk(row.columns(), h, begin, row.length);
   }
 }
 
-using WalkRows = void (*)(const Table&, uint32_t first, uint32_t last, int64_t begin, int64_t end);
+using WalkRows = uint32_t (*)(const Table&, uint32_t first, int64_t begin, uint32_t chunk_end);
 
 constexpr WalkRows kWalkRows[] = {
 #define FSGD_WALK_ROWS(P, G, M) walk_rows<P, G, M>,
@@ -109,19 +71,12 @@ constexpr WalkRows kWalkRows[] = {
 
 void FSGD_CONCAT(walk_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end) {
   if (chunk_begin >= chunk_end) return;
-  uint32_t first = table.find_row(chunk_begin);
-  while (chunk_begin < chunk_end) {
-    uint32_t last = first;
-    const uint32_t combination = table.row(first).combination();
-    while (table.row(last).chunk_end < chunk_end && table.row(last + 1).combination() == combination) ++last;
-    const Row& row = table.row(last);
-    const int64_t elements = table.chunk_elements(row);
-    const int64_t begin = (chunk_begin - table.chunk_begin(first)) * elements;
-    const bool whole = row.chunk_end <= chunk_end;
-    const int64_t end = whole ? row.length : (chunk_end - table.chunk_begin(last)) * elements;
-    kWalkRows[combination](table, first, last, begin, end);
-    chunk_begin = row.chunk_end;
-    first = last + 1;
+  uint32_t row = table.find_row(chunk_begin);
+  int64_t begin = (chunk_begin - table.chunk_begin(row)) * table.chunk_elements(table.row(row));
+  for (;;) {
+    row = kWalkRows[table.row(row).combination()](table, row, begin, chunk_end);
+    if (table.row(row - 1).chunk_end >= chunk_end) return;
+    begin = 0;
   }
 }
 

@@ -149,7 +149,7 @@ void Plan::match_group(std::size_t number, PyObject* dict) {
 }
 
 // The parameter's momentum buffer: the one in its state, or the one about to be installed; null when there is none.
-inline const at::Tensor* Plan::momentum_of(Entry& entry, PyObject* state) {
+FSGD_INLINE const at::Tensor* Plan::momentum_of(Entry& entry, PyObject* state) {
   if (entry.state.get() != nullptr && entry.state_version.is_of(entry.state.get())) {
     PyObject* buffer = entry.momentum_object;
     return THPVariable_CheckExact(buffer) ? &THPVariable_Unpack(buffer) : local_tensor(buffer);
@@ -179,7 +179,7 @@ const at::Tensor* Plan::find_momentum(Entry& entry, PyObject* state) {
 }
 
 // Whether what was judged of a parameter is still true. Finds the tensors the kernel would walk.
-bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum, PyObject* state) {
+FSGD_INLINE bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum, PyObject* state) {
   if (entry.path == Path::Unjudged) return false;
   if (entry.path == Path::Elsewhere) return true;
   if (entry.momentum != momentum) return false;
@@ -188,8 +188,8 @@ bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool mome
   active.grad = local_gradient(grad);
   if (active.grad == nullptr || !entry.grad_print->matches(*active.grad->unsafeGetTensorImpl())) return false;
   active.momentum = momentum ? momentum_of(entry, state) : nullptr;
-  return !momentum || (active.momentum != nullptr &&
-                       entry.momentum_print->matches(*active.momentum->unsafeGetTensorImpl()));
+  return !momentum ||
+         (active.momentum != nullptr && entry.momentum_print->matches(*active.momentum->unsafeGetTensorImpl()));
 }
 
 // Looks at everything the step will touch, and packs the table. Writes to no tensor and no state.
@@ -279,7 +279,8 @@ py::object Plan::check_overlap() {
     if (a.grad_data == nullptr || (!written_moved_ && a.grad_data == a.entry->last_grad)) continue;
     const int64_t bytes = a.entry->grad_print->required_bytes;
     if (written_.clear_of(a.grad_data, a.grad_data + bytes)) continue;
-    if (const auto conflict = written_.overlapping(make_range(*a.grad, a.grad_data, bytes, Role::Gradient, a.entry->where))) {
+    if (const auto conflict =
+            written_.overlapping(make_range(*a.grad, a.grad_data, bytes, Role::Gradient, a.entry->where))) {
       return overlap(*conflict);
     }
   }

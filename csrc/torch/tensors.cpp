@@ -8,7 +8,6 @@ Fingerprint::Fingerprint(const at::Tensor& tensor)
     : keys(tensor.key_set().raw_repr()),
       dtype(tensor.dtype()),
       itemsize(static_cast<uint8_t>(tensor.element_size())),
-      contiguous(tensor.is_contiguous()),
       required_bytes(0),
       sizes(tensor.sizes().begin(), tensor.sizes().end()),
       strides(tensor.strides().begin(), tensor.strides().end()) {

@@ -18,7 +18,6 @@ struct Fingerprint {
   uint64_t keys;
   caffe2::TypeMeta dtype;
   uint8_t itemsize;
-  bool contiguous;         // then strides follow from sizes
   int64_t required_bytes;  // of storage, behind the tensor's offset
   c10::SmallVector<int64_t, 5> sizes;
   c10::SmallVector<int64_t, 5> strides;
@@ -26,8 +25,16 @@ struct Fingerprint {
   explicit Fingerprint(const at::Tensor& tensor);
 
   FSGD_INLINE bool matches(const c10::TensorImpl& impl) const {
-    if (impl.key_set().raw_repr() != keys || impl.dtype() != dtype || impl.is_contiguous() != contiguous) return false;
-    return impl.sizes() == at::IntArrayRef(sizes) && (contiguous || impl.strides() == at::IntArrayRef(strides));
+    if (impl.key_set().raw_repr() != keys || impl.dtype() != dtype) return false;
+    const at::IntArrayRef its_sizes = impl.sizes(), its_strides = impl.strides();
+    const std::size_t dims = sizes.size();
+    if (its_sizes.size() != dims) return false;
+    const int64_t *size = sizes.data(), *stride = strides.data();
+    int64_t difference = 0;  // one branch a tensor instead of two a dimension
+    for (std::size_t dim = 0; dim < dims; ++dim) {
+      difference |= (its_sizes.data()[dim] ^ size[dim]) | (its_strides.data()[dim] ^ stride[dim]);
+    }
+    return difference == 0;
   }
 
   // Where the first element of a tensor that matches is, or nullptr when its storage no longer holds all elements.
