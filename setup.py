@@ -19,11 +19,13 @@ class CMakeBuild(build_ext):
     """Builds the extension with CMake and ninja, or leaves it out where there is no compiler."""
 
     def build_extension(self, ext: Extension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        for stale in (*package.glob("_C.*.so"), *package.glob("_build_info.py")):
+            stale.unlink()  # setuptools keeps build/lib, and would ship what an earlier build left there
         compilers = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
         if not any(shutil.which(name, path=PATH) for name in compilers):
             print("fused_sgd: no C++ compiler found; installing the reference path only", file=sys.stderr)
             return
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = os.environ.get("FUSED_SGD_BUILD_DIR") or tempfile.mkdtemp(prefix="fused-sgd-")
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         for command in (

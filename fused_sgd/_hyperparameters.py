@@ -28,8 +28,25 @@ def check_numbers(options: dict[str, Any], where: str = "") -> None:
     names = {"lr": "learning rate", "momentum": "momentum value", "dampening": "dampening value"}
     for key in ("lr", "momentum", "dampening", "weight_decay"):
         value = options[key]
-        if math.isnan(value.detach() if isinstance(value, Tensor) else value):
+        try:
+            is_nan = math.isnan(value.detach() if isinstance(value, Tensor) else value)
+        except TypeError as error:
+            raise TypeError(f"{key} must be a number, and is {value!r}{where}") from error
+        if is_nan:
             raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {value}{where}")
+
+
+def check_grad_scale(grad_scale: Any) -> float | None:
+    """What gradients are divided by; raises for anything that would ruin the parameters."""
+    if grad_scale is None:
+        return None
+    try:
+        number = float(grad_scale)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"grad_scale must be a number or a 1-element tensor, and is {grad_scale!r}") from error
+    if not math.isfinite(number) or number == 0:
+        raise ValueError(f"Invalid grad_scale: {number}")
+    return number
 
 
 def check_path(options: dict[str, Any]) -> None:

@@ -36,7 +36,11 @@ def place(groups: list[Group], group: int, index: int) -> str:
 def momentum_buffer(state: dict[Tensor, Any], param: Tensor) -> Tensor | None:
     """The parameter's momentum buffer, without creating an entry for it."""
     inner = state.get(param)
-    return None if inner is None else inner.get("momentum_buffer")
+    if inner is None:
+        return None
+    if not isinstance(inner, dict):
+        raise TypeError(f"the state of a parameter ({describe(param)}) must be a dict, and is {inner!r}")
+    return inner.get("momentum_buffer")
 
 
 def gradient(param: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     Raises:
         RuntimeError: the parameter, its gradient or its momentum buffer is nothing any path could take, or
             ``fused=True`` asks for a kernel that cannot take it. The message names the parameter.
-        TypeError: its momentum buffer is no tensor.
+        TypeError: its state is no dict.
     """
     options = groups[group]
     param: Tensor = options["params"][index]
@@ -76,7 +80,7 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     if problem:
         raise RuntimeError(f"{place(groups, group, index)}: {problem}")
     judgement = choose(options, param, grad, buffer)
-    if options["fused"] is True and judgement.path != "kernel":
+    if options["fused"] and judgement.path != "kernel":
         raise RuntimeError(
             f"{place(groups, group, index)}: `fused=True` cannot be honoured: {judgement.reason}."
             " Use fused=None to let such parameters take the reference path."
@@ -86,9 +90,9 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
 
 def choose(options: Group, param: Tensor, grad: Tensor | None, buffer: Tensor | None) -> Judgement:
     """The path of one sound parameter; ``grad`` is None for a forecast."""
-    if options["foreach"] is True:
+    if options["foreach"]:
         return Judgement("foreach", "foreach=True")
-    if options["fused"] is False:
+    if options["fused"] is not None and not options["fused"]:
         return Judgement("reference", "fused=False")
     if options["differentiable"]:
         return Judgement("reference", "differentiable=True")
@@ -117,21 +121,34 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, buffer: Tensor | None)
         return f"its gradient is complex and it is real ({describe(grad)})"
     if grad.is_sparse and options["weight_decay"] != 0:
         return "weight_decay does not support sparse gradients, in torch.optim.SGD neither"
-    if param.is_inference() and not torch.is_inference_mode_enabled():
-        return "it is an inference tensor, which cannot be updated outside torch.inference_mode()"
-    if param.layout == torch.strided and C is not None and C.is_plain(local(param)) and C.overlaps_itself(local(param)):
+    if param.itemsize == 1:
+        return f"there is no arithmetic in {param.dtype}"
+    for role, tensor in (("it", param), ("its momentum_buffer", buffer)):
+        if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            return f"{role} is an inference tensor, which cannot be updated outside torch.inference_mode()"
+    if _shares_elements(param):
         return "elements of it share memory (an expanded tensor?); give the optimizer a tensor of its own, by clone()"
     if buffer is None:
         return ""
     if not isinstance(buffer, Tensor):
-        raise TypeError(f"the momentum_buffer in the state of a parameter ({describe(param)}) is {buffer!r}, no tensor")
+        return f"its momentum_buffer is {buffer!r}, no tensor"
     if buffer.shape != param.shape:
         return (
             f"its momentum_buffer has another shape ({describe(buffer)}); was it loaded from another model, or resized?"
         )
     if buffer.device != param.device:
         return f"its momentum_buffer is on another device ({describe(buffer)})"
+    if not (buffer.is_floating_point() or buffer.is_complex()) or buffer.is_complex() != param.is_complex():
+        return f"its momentum_buffer has a dtype that cannot hold it ({describe(buffer)})"
+    if buffer.is_sparse and not grad.is_sparse:
+        return f"its momentum_buffer is sparse and its gradient is not; make the buffer dense ({describe(buffer)})"
+    if _shares_elements(buffer):
+        return f"elements of its momentum_buffer share memory ({describe(buffer)})"
     return ""
+
+
+def _shares_elements(tensor: Tensor) -> bool:
+    return C is not None and C.is_plain(local(tensor)) and C.overlaps_itself(local(tensor))
 
 
 def _kernel_obstacle(param: Tensor, grad: Tensor | None, buffer: Tensor | None) -> str:
@@ -147,6 +164,8 @@ def _kernel_obstacle(param: Tensor, grad: Tensor | None, buffer: Tensor | None) 
             return f"there is no kernel for device type {tensor.device.type}"
         if role != "gradient" and type(tensor) not in (Tensor, torch.nn.Parameter) and dtensor(tensor) is None:
             return f"the {role} is a {type(tensor).__name__}, a subclass of Tensor"
+        if tensor.is_inference():
+            return f"the {role} is an inference tensor"
         if not C.is_plain(local(tensor)):
             return f"the {role} is no ordinary tensor ({type(tensor).__name__}, {tensor.dtype})"
     sharded = dtensor(param)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-_REINSTALL = "Install it again with `pip install --no-build-isolation --force-reinstall --no-deps fused-sgd`."
+_REINSTALL = "Install it again, from its sources: `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
 
 def _release(version: str) -> str:
@@ -29,7 +29,7 @@ def _load() -> tuple[ModuleType | None, ModuleType | None, str]:
         if (here.parent / "CMakeLists.txt").exists():
             reason = (
                 f"{here} is a source folder, which has no compiled module; it hides an installed one."
-                " Run Python from another folder, or with -P"
+                " Run Python from another folder"
             )
         return None, None, reason
     from fused_sgd import _build_info as info
@@ -47,6 +47,7 @@ def _load() -> tuple[ModuleType | None, ModuleType | None, str]:
         from fused_sgd import _C
     except ImportError as error:
         return None, info, f"importing it failed: {error}. {_REINSTALL}"
+    _C.instruction_set()  # an unusable FUSED_SGD_ISA is an error at once, and no reason to run the reference
     return _C, info, ""
 
 

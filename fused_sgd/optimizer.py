@@ -7,7 +7,13 @@ from typing import Any, NoReturn, overload
 
 import torch
 from fused_sgd._explain import Explanation, explain
-from fused_sgd._hyperparameters import check_defaults, check_duplicates, check_numbers, check_path
+from fused_sgd._hyperparameters import (
+    check_defaults,
+    check_duplicates,
+    check_grad_scale,
+    check_numbers,
+    check_path,
+)
 from fused_sgd._judge import Group, gradient, judge, local, momentum_buffer, place
 from fused_sgd._native import C
 from fused_sgd._state import State
@@ -151,8 +157,8 @@ class FusedSGD(Optimizer):
         """Which path each parameter takes, in which storage format, and why.
 
         Returns:
-            Rows of ``(group, device, dtype, path, reason, count, names)``, to be read or printed. Rows of parameters
-            that have no gradient yet are provisional, and say so.
+            Rows of ``(group, device, dtype, path, reason, parameters, names)``, to be read or printed. Rows of
+            parameters that have no gradient yet are provisional, and say so.
         """
         return explain(self.param_groups, self.state)
 
@@ -162,24 +168,26 @@ class FusedSGD(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler asks this. If True it leaves unscaling to step(), which not every trainer expects (Lightning then
         # refuses to clip), so it is True only where the kernel was asked for, as in torch.
-        return self.defaults["fused"] is True
+        return bool(self.defaults["fused"])
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
     def _step_scaled(self, attributes: dict[str, Any]) -> None:
         """A step under GradScaler, or with a grad_scale that the user set."""
+        scaler_is_stepping = "found_inf" in attributes
         try:
             # GradScaler sums found_inf over devices: anything but 0 means an overflow.
             found_inf = attributes.get("found_inf")
             if found_inf is None or float(found_inf) == 0:
-                scale = attributes.get("grad_scale")
+                scale = check_grad_scale(attributes.get("grad_scale"))
                 rest = _step(self._plan, self.param_groups, self.state, scale)
                 if rest is not None:
                     self._settle(rest, scale)
         except BaseException:
             # GradScaler deletes them after a step that returns. Left behind, they would scale the next one twice.
-            attributes.pop("grad_scale", None)
-            attributes.pop("found_inf", None)
+            if scaler_is_stepping:
+                attributes.pop("grad_scale", None)
+                attributes.pop("found_inf", None)
             raise
 
     def _settle(self, rest: tuple[Any, ...], grad_scale: Tensor | float | None) -> None:
@@ -196,7 +204,7 @@ class FusedSGD(Optimizer):
         if answer[0] == "elsewhere":
             self._step_elsewhere(answer[1], grad_scale)
         elif answer[0] in ("mode", "no plan"):
-            if answer[0] == "mode" and any(group["fused"] is True for group in self.param_groups):
+            if answer[0] == "mode" and any(group["fused"] for group in self.param_groups):
                 raise RuntimeError("`fused=True` cannot be honoured under an active TorchDispatchMode; use fused=None")
             self._step_elsewhere(self._judge_all(), grad_scale)
         else:
@@ -208,6 +216,12 @@ class FusedSGD(Optimizer):
         if what == "invalid":
             group, _ = details
             check_numbers(groups[group], f" (param group {group})")
+        elif what == "too large":
+            group, key, index = details
+            raise RuntimeError(
+                f"{place(groups, group, index)}: {key} ({groups[group][key]}) cannot be converted to type float without"
+                " overflow"
+            )
         elif what == "freed":
             group, index, role = details
             raise RuntimeError(
@@ -216,10 +230,13 @@ class FusedSGD(Optimizer):
             )
         elif what == "overlap":
             (group, index, role), (other_group, other_index, other_role) = details
+            advice = "Give the optimizer each tensor once, and tied weights as one parameter"
+            if "gradient" in (role, other_role):
+                advice = "Clone the gradient"
             raise RuntimeError(
                 f"the {role} of {place(groups, group, index)} shares memory with the {other_role} of"
                 f" {place(groups, other_group, other_index)}; a step cannot write one without changing the other."
-                " Give the optimizer each tensor once, and tied weights as one parameter"
+                f" {advice}"
             )
         raise AssertionError(f"the plan did not settle: {what} {details}")
 
@@ -256,11 +273,14 @@ class FusedSGD(Optimizer):
         for group, options in enumerate(self.param_groups):
             params = [options["params"][index] for number, index in entries if number == group]
             with torch.set_grad_enabled(bool(options["differentiable"])):
-                step = self._step_foreach if options["foreach"] is True else self._step_reference
+                step = self._step_torch if options["foreach"] else self._step_reference
                 step(options, params, grad_scale)
 
     def _step_reference(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
         for param in params:
+            if gradient(param).layout != torch.strided or param.layout != torch.strided:
+                self._step_torch(options, [param], grad_scale)
+                continue
             buffer = sgd_update(
                 param,
                 gradient(param),
@@ -271,7 +291,8 @@ class FusedSGD(Optimizer):
             if options["momentum"] != 0:
                 self.state[param]["momentum_buffer"] = buffer
 
-    def _step_foreach(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
+    def _step_torch(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
+        """Torch's own functions: foreach where the group asks for it, else the loop, for sparse tensors."""
         if not params:
             return
         grads = [gradient(param) for param in params]
@@ -283,7 +304,8 @@ class FusedSGD(Optimizer):
             grads,
             buffers,
             has_sparse_grad=any(grad.is_sparse for grad in grads),
-            foreach=True,
+            foreach=bool(options["foreach"]),
+            fused=False,
             **{key: options[key] for key in _HYPERPARAMETERS},
         )
         if options["momentum"] != 0:

@@ -45,7 +45,7 @@ def sgd_update(
 
     Args:
         param: the parameter, of any shape, written in place.
-        grad: its gradient, of the same shape, dense or sparse. It is not written.
+        grad: its gradient, of the same shape, dense. It is not written.
         momentum_buffer: from the step before, written in place; ``None`` on the parameter's first step.
         lr: learning rate.
         momentum: momentum factor; 0 for none.
@@ -61,8 +61,6 @@ def sgd_update(
     dtype = accumulation_dtype(param.dtype)
     p = param.to(dtype)
     d = grad.to(dtype)
-    if d.is_sparse:
-        d = d.coalesce()
     if grad_scale is not None:
         d = unscaled(d, grad_scale)
     if maximize:
@@ -81,7 +79,7 @@ def sgd_update(
         return momentum_buffer
     if momentum_buffer is not None:
         return momentum_buffer.copy_(b)
-    return b.clone() if b.is_sparse else torch.empty_like(param).copy_(b)
+    return torch.empty_like(param).copy_(b)
 
 
 def unscaled(grad: Tensor, grad_scale: float | Tensor) -> Tensor:

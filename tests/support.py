@@ -90,7 +90,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
                 assert torch.equal(a, b) if a.layout == torch.strided else torch.equal(a.to_dense(), b.to_dense())
             elif isinstance(a, dict):
                 assert a.keys() == b.keys()
-                assert all(torch.equal(a[k], b[k]) for k in a)
+                assert all(torch.equal(a[k].to_dense(), b[k].to_dense()) for k in a)
             else:
                 assert a == b
 

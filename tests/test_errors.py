@@ -211,10 +211,57 @@ def test_momentum_buffer_of_another_shape(fused: bool | None) -> None:
     assert_refused(optimizer, "parameter 1 .*momentum_buffer has another shape")
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize(
+    ("buffer", "message"),
+    [
+        (torch.zeros(4, 3, dtype=torch.int64), "has a dtype that cannot hold it"),
+        (torch.zeros(4, 3, dtype=torch.complex64), "has a dtype that cannot hold it"),
+        (torch.zeros(1, 3).expand(4, 3), "elements of its momentum_buffer share memory"),
+        (torch.zeros(4, 3).to_sparse(), "momentum_buffer is sparse and its gradient is not"),
+    ],
+    ids=["integer", "complex", "expanded", "sparse"],
+)
+def test_momentum_buffer_that_no_step_can_use(buffer: Tensor, message: str, fused: bool | None) -> None:
+    optimizer, params = ready(fused=fused)
+    optimizer.state[params[1]]["momentum_buffer"] = buffer
+    assert_refused(optimizer, f"parameter 1 .*{message}")
+
+
+@pytest.mark.parametrize("value", ["0.1", None, object(), 1j])
+@pytest.mark.parametrize("key", ["lr", "momentum", "dampening", "weight_decay"])
+def test_a_hyperparameter_that_is_no_number(key: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{key} must be a number, and is"):
+        FusedSGD(make_params([(2,)]), **{key: value})
+    optimizer, _ = ready()
+    optimizer.param_groups[0][key] = value
+    assert_refused(optimizer, rf"{key} must be a number, and is .*\(param group 0\)", TypeError)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [(0, ValueError), (NAN, ValueError), (float("inf"), ValueError), ("x", TypeError), (torch.ones(2), TypeError)],
+)
+def test_a_bad_grad_scale(scale: Any, error: type[Exception]) -> None:
+    optimizer, _ = ready()
+    optimizer.grad_scale = scale
+    assert_refused(optimizer, "grad_scale", error)
+    assert optimizer.grad_scale is scale  # the user set it, the user keeps it
+
+
+@pytest.mark.parametrize(("fused", "path"), [(0, "reference"), (1, "kernel")])
+def test_path_options_count_as_truths(fused: int, path: str) -> None:
+    optimizer, params = ready(fused=fused)
+    assert optimizer.explain()[0].path == path
+    if fused:
+        params[1].grad = params[1].grad.to_sparse()
+        assert_refused(optimizer, "`fused=True` cannot be honoured")
+
+
 def test_momentum_buffer_that_is_no_tensor() -> None:
     optimizer, params = ready()
     optimizer.state[params[1]]["momentum_buffer"] = [1.0]
-    with pytest.raises(TypeError, match="momentum_buffer"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 .*momentum_buffer is \[1.0\], no tensor"):
         optimizer.step()
 
 

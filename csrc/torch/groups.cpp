@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
+#include <limits>
 
 namespace py = pybind11;
 
@@ -37,6 +38,10 @@ PyObject* key_object(int key) {
   return objects[key];
 }
 
+bool is_immutable(PyObject* value) {
+  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None;
+}
+
 bool as_bool(PyObject* value) {
   const int truth = PyObject_IsTrue(value);
   if (truth < 0) throw py::error_already_set();
@@ -46,7 +51,16 @@ bool as_bool(PyObject* value) {
 }  // namespace
 
 GroupReader::Outcome GroupReader::read(PyObject* dict) {
-  bool changed = any_tensor_;  // a tensor's value may change while it stays the same object
+  try {
+    return parse(dict);
+  } catch (...) {
+    for (Ref& ref : seen_) ref.set(nullptr);  // what was half read is read again, and judged again
+    throw;
+  }
+}
+
+GroupReader::Outcome GroupReader::parse(PyObject* dict) {
+  bool changed = any_mutable_;
   bool path_changed = false;
   for (int key = 0; key < kKeyCount; ++key) {
     PyObject* value = PyDict_GetItemWithError(dict, key_object(key));
@@ -62,23 +76,31 @@ GroupReader::Outcome GroupReader::read(PyObject* dict) {
   }
   if (!changed) return kSame;
 
-  any_tensor_ = false;
-  for (int key = kLr; key <= kWeightDecay; ++key) any_tensor_ = any_tensor_ || THPVariable_Check(seen_[key].get());
-  group_.lr = as_double(seen_[kLr].get());
-  group_.momentum = as_double(seen_[kMomentum].get());
-  group_.dampening = as_double(seen_[kDampening].get());
-  group_.weight_decay = as_double(seen_[kWeightDecay].get());
-  group_.nesterov = as_bool(seen_[kNesterov].get());
-  group_.maximize = as_bool(seen_[kMaximize].get());
+  any_mutable_ = false;
+  for (const Ref& ref : seen_) any_mutable_ = any_mutable_ || !is_immutable(ref.get());
+  Group group;
+  double* const numbers[] = {&group.lr, &group.momentum, &group.dampening, &group.weight_decay};
+  invalid_ = too_large_ = kKeyCount;
+  for (int key = kLr; key <= kWeightDecay; ++key) {
+    double& number = *numbers[key];
+    try {
+      number = as_double(seen_[key].get());
+    } catch (const py::error_already_set&) {  // no number at all; NaN stands for it until it is replaced
+      number = std::nan("");
+    } catch (const c10::Error&) {  // a tensor of several elements
+      number = std::nan("");
+    }
+    if (invalid_ == kKeyCount && std::isnan(number)) invalid_ = static_cast<Key>(key);
+    if (std::isfinite(number) && std::fabs(number) > std::numeric_limits<float>::max()) {
+      too_large_ = static_cast<Key>(key);
+    }
+  }
+  // An integer 0 has no sign: -lr is +0.0 then, as in Python.
+  if (group.lr == 0 && PyLong_Check(seen_[kLr].get())) group.lr = -0.0;
+  group.nesterov = as_bool(seen_[kNesterov].get());
+  group.maximize = as_bool(seen_[kMaximize].get());
+  group_ = group;
   return path_changed ? kPathChanged : kSame;
-}
-
-Key GroupReader::invalid() const {
-  if (std::isnan(group_.lr)) return kLr;
-  if (std::isnan(group_.momentum)) return kMomentum;
-  if (std::isnan(group_.dampening)) return kDampening;
-  if (std::isnan(group_.weight_decay)) return kWeightDecay;
-  return kKeyCount;
 }
 
 int GroupReader::traverse(visitproc visit, void* arg) const {

@@ -13,16 +13,18 @@ namespace fused_sgd {
 class Ref {
  public:
   Ref() = default;
-  ~Ref() { Py_XDECREF(object_); }
+  ~Ref() { set(nullptr); }
   Ref(Ref&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
   Ref& operator=(Ref&& other) noexcept {
     std::swap(object_, other.object_);
     return *this;
   }
+  // The old object goes last: its finalizer may run any Python code, and must find this reference whole.
   void set(PyObject* borrowed) {
+    PyObject* old = object_;
     Py_XINCREF(borrowed);
-    Py_XDECREF(object_);
     object_ = borrowed;
+    Py_XDECREF(old);
   }
   PyObject* get() const { return object_; }
 
@@ -73,19 +75,25 @@ class GroupReader {
  public:
   enum Outcome { kSame, kPathChanged };
 
-  // Reads `dict` again. A value that is the same object as last time is not parsed again, unless it is a tensor.
-  // Throws py::error_already_set for a missing key or a value that is no number.
+  // Reads `dict` again. A value that is the same object as last time is not parsed again, if it is of a kind that
+  // cannot change. Throws py::error_already_set for a missing key.
   Outcome read(PyObject* dict);
 
   const Group& values() const { return group_; }
-  // The hyperparameter that is NaN, or kKeyCount.
-  Key invalid() const;
+  // The first hyperparameter that is finite and beyond float32's range, or kKeyCount.
+  Key too_large() const { return too_large_; }
+  // The first hyperparameter that is NaN or no number, or kKeyCount.
+  Key invalid() const { return invalid_; }
   int traverse(visitproc visit, void* arg) const;
 
  private:
+  Outcome parse(PyObject* dict);
+
   Group group_;
   std::array<Ref, kKeyCount> seen_;
-  bool any_tensor_ = false;
+  bool any_mutable_ = false;
+  Key invalid_ = kKeyCount;
+  Key too_large_ = kKeyCount;
 };
 
 PyObject* interned(const char* text);  // never freed

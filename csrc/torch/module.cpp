@@ -33,7 +33,8 @@ py::custom_type_setup plan_takes_part_in_gc() {
 // over a dozen tensors.
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4 && PyList_Check(args[1]) && PyDict_Check(args[2]), "step(plan, list, dict, grad_scale)");
+  TORCH_CHECK(count == 4 && PyList_Check(args[1]) && PyDict_Check(args[2]),
+              "optimizer.param_groups must be a list and optimizer.state a dict");
   return py::cast<Plan&>(py::handle(args[0])).step(args[1], args[2], args[3]).release().ptr();
   END_HANDLE_TH_ERRORS
 }
@@ -98,5 +99,4 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("instruction_set", [] { return cpu::instruction_set().name; });
   m.def("select_instruction_set", &cpu::select_instruction_set);
-  cpu::instruction_set();  // a bad FUSED_SGD_ISA is an error at import, not at the first step
 }

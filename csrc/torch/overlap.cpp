@@ -5,17 +5,23 @@
 namespace fused_sgd {
 namespace {
 
-// Calls visit(first byte) for each element of a strided tensor, until it returns false. Returns whether it never did.
+// Calls visit(first byte, size) for each element of a range, or once for a dense one, until it returns false. Returns
+// whether it never did.
 template <class Visit>
-bool for_each_element(const at::Tensor& tensor, Visit visit) {
-  const int64_t itemsize = static_cast<int64_t>(tensor.element_size());
-  const char* base = static_cast<const char*>(tensor.const_data_ptr());
-  std::vector<int64_t> index(tensor.dim(), 0);
-  for (int64_t n = tensor.numel(); n > 0; --n) {
-    int64_t offset = 0;
-    for (int64_t dim = 0; dim < tensor.dim(); ++dim) offset += index[dim] * tensor.stride(dim);
-    if (!visit(base + offset * itemsize)) return false;
-    for (int64_t dim = tensor.dim() - 1; dim >= 0 && ++index[dim] == tensor.size(dim); --dim) index[dim] = 0;
+bool for_each_element(const Range& range, Visit visit) {
+  if (range.dense) return visit(range.begin, range.end - range.begin);
+  int64_t count = 1;
+  for (const int64_t size : range.sizes) count *= size;
+  std::vector<int64_t> index(range.sizes.size(), 0);
+  const char* element = range.begin;
+  for (; count > 0; --count) {
+    if (!visit(element, range.itemsize)) return false;
+    for (std::size_t dim = index.size(); dim-- > 0;) {
+      element += range.strides[dim] * range.itemsize;
+      if (++index[dim] < range.sizes[dim]) break;
+      element -= range.sizes[dim] * range.strides[dim] * range.itemsize;
+      index[dim] = 0;
+    }
   }
   return true;
 }
@@ -53,37 +59,44 @@ bool share_memory(const Range& a, const Range& b) {
   if (a.end <= b.begin || b.end <= a.begin) return false;
   if (a.dense && b.dense) return true;
   ByteMap bytes(std::max(a.begin, b.begin), std::min(a.end, b.end));
-  const auto each = [](const Range& range, auto visit) {
-    if (!range.dense) {
-      const int64_t itemsize = static_cast<int64_t>(range.tensor.element_size());
-      return for_each_element(range.tensor, [&](const char* element) { return visit(element, itemsize); });
-    }
-    return visit(range.begin, range.end - range.begin);
-  };
-  each(a, [&](const char* element, int64_t size) {
+  for_each_element(a, [&](const char* element, int64_t size) {
     bytes.mark(element, size);
     return true;
   });
-  return !each(b, [&](const char* element, int64_t size) { return !bytes.touches(element, size); });
+  return !for_each_element(b, [&](const char* element, int64_t size) { return !bytes.touches(element, size); });
 }
 
 }  // namespace
 
 Range make_range(const at::Tensor& tensor, const char* data, int64_t required_bytes, Role role, Where owner) {
   const bool dense = tensor.is_non_overlapping_and_dense();
-  return Range{data, data + required_bytes, dense, role, owner, dense ? at::Tensor() : tensor};
+  Range range{data, data + required_bytes, dense, role, owner, {}, {}, static_cast<int64_t>(tensor.element_size())};
+  if (!dense) {
+    range.sizes = tensor.sizes().vec();
+    range.strides = tensor.strides().vec();
+  }
+  return range;
 }
 
 WrittenMemory::Conflict WrittenMemory::seal() {
   std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   furthest_.clear();
   const char* furthest = nullptr;
-  for (std::size_t i = 0; i < ranges_.size(); ++i) {
-    for (std::size_t j = i + 1; j < ranges_.size() && ranges_[j].begin < ranges_[i].end; ++j) {
-      if (share_memory(ranges_[i], ranges_[j])) return std::make_pair(ranges_[i], ranges_[j]);
+  for (const Range& range : ranges_) furthest_.push_back(furthest = std::max(furthest, range.end));
+  // Ranges whose extents meet form a cluster. Whether views in it interleave or collide, one map of its bytes tells.
+  for (std::size_t first = 0, next; first < ranges_.size(); first = next) {
+    next = first + 1;
+    while (next < ranges_.size() && ranges_[next].begin < furthest_[next - 1]) ++next;
+    if (next == first + 1) continue;
+    ByteMap bytes(ranges_[first].begin, furthest_[next - 1]);
+    for (std::size_t i = first; i < next; ++i) {
+      const bool free =
+          for_each_element(ranges_[i], [&](const char* element, int64_t size) { return bytes.mark(element, size); });
+      if (free) continue;
+      for (std::size_t other = first; other < i; ++other) {
+        if (share_memory(ranges_[other], ranges_[i])) return std::make_pair(ranges_[other], ranges_[i]);
+      }
     }
-    furthest = std::max(furthest, ranges_[i].end);
-    furthest_.push_back(furthest);
   }
   return std::nullopt;
 }
@@ -117,10 +130,11 @@ bool overlaps_itself(const at::Tensor& tensor) {
     reach += stride * (size - 1);
   }
   if (clear) return false;
-  const int64_t itemsize = static_cast<int64_t>(tensor.element_size());
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-  ByteMap bytes(begin, begin + (reach + 1) * itemsize);
-  return !for_each_element(tensor, [&](const char* element) { return bytes.mark(element, itemsize); });
+  const int64_t bytes_spanned = (reach + 1) * static_cast<int64_t>(tensor.element_size());
+  ByteMap bytes(begin, begin + bytes_spanned);
+  const Range range = make_range(tensor, begin, bytes_spanned, Role::Parameter, {});
+  return !for_each_element(range, [&](const char* element, int64_t size) { return bytes.mark(element, size); });
 }
 
 }  // namespace fused_sgd

@@ -24,7 +24,10 @@ struct Range {
   bool dense;       // every byte in between belongs to it
   Role role;
   Where owner;
-  at::Tensor tensor;  // defined unless dense; to look closer
+  // To look closer, unless dense. Not the tensor itself: holding on to it would show (torch.utils.swap_tensors
+  // refuses).
+  std::vector<int64_t> sizes, strides;
+  int64_t itemsize;
 };
 
 Range make_range(const at::Tensor& tensor, const char* data, int64_t required_bytes, Role role, Where owner);

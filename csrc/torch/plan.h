@@ -23,21 +23,23 @@ class Plan {
   // or, with nothing written, what stands in its way:
   //   ("state",)                     `state` is not the dict given to watch()
   //   ("mode",)                      a torch dispatch mode is active: no kernel may hide from it
-  //   ("invalid", group, key)        a hyperparameter is NaN
+  //   ("invalid", group, key)        a hyperparameter is NaN or no number
   //   ("judge", [(group, index)…])   these parameters must be judged: call admit() for each, then step() again
+  //   ("too large", group, key, index)  a hyperparameter does not fit float32, which this parameter is computed in
   //   ("freed", group, index, role)  a tensor's storage is smaller than the tensor
   //   ("overlap", (group, index, role), (group, index, role))   written memory is shared
   pybind11::object step(PyObject* param_groups, PyObject* state, PyObject* grad_scale);
 
   // A judgement of one parameter that has a gradient: walked by the kernel for as long as its tensors stay as they are,
-  // or left to Python for one step.
+  // or left to Python for the step that follows at once.
   // new_buffer: the momentum buffer to put into the state with the next step, which is then the parameter's first.
   void admit(int64_t group, int64_t index, bool kernel, pybind11::object new_buffer);
 
   // `state` will report every change of itself, by forget_state(); so what was found in it may be kept.
   void watch(pybind11::object state);
 
-  // Drops what is known of the state, or everything. Python calls it when the outer state dict was changed.
+  // Drops what is known of the state, or everything. Python calls it when the outer state dict was changed; during a
+  // step (another thread, a finalizer) it takes effect afterwards.
   void forget_state();
   void forget();
 
@@ -59,10 +61,13 @@ class Plan {
     Path path = Path::Unjudged;
     bool state_known = false;
     bool momentum = false;
+    bool first_step = false;
     bool is_dtensor = false;
+    bool is_subclass = false;  // its gradient is whatever Python says
     bool stage_param = false, stage_grad = false, stage_momentum = false;
     uint8_t combination = 0;
-    Ref new_buffer;  // to be put into the state
+    Ref new_buffer;      // to be put into the state
+    uint32_t round = 0;  // in which it was left to Python
     Where where{};
 
     bool staged() const { return stage_param || stage_grad || stage_momentum; }
@@ -82,11 +87,15 @@ class Plan {
     char *param_data = nullptr, *grad_data = nullptr, *momentum_data = nullptr;
   };
 
+  class Busy;
+  pybind11::object run(PyObject* param_groups, PyObject* state);
   void match_group(std::size_t number, PyObject* dict);
-  pybind11::object scan(PyObject* param_groups, PyObject* state);
-  bool holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum, PyObject* state);
-  const at::Tensor* momentum_of(Entry& entry, PyObject* state);
-  const at::Tensor* find_momentum(Entry& entry, PyObject* state);
+  void find_states(PyObject* state);
+  pybind11::object prepare(PyObject* param_groups, PyObject* state);
+  pybind11::object scan();
+  bool holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum);
+  const at::Tensor* momentum_of(Entry& entry);
+  const at::Tensor* find_momentum(Entry& entry);
   pybind11::object check_overlap();
   void stage();
   void install_new_buffers(PyObject* state);
@@ -96,6 +105,9 @@ class Plan {
   bool watches(PyObject* state) const;
 
   std::vector<GroupEntry> groups_;
+  // What a step replaced. It goes when the step is over: finalizers may run any Python code.
+  std::vector<GroupEntry> discarded_groups_;
+  std::vector<Entry> discarded_entries_;
   pybind11::object state_;  // a weak reference: State holds the plan, and a circle would outlive the optimizer
   std::vector<Active> active_;
   std::vector<Where> elsewhere_;
@@ -110,7 +122,10 @@ class Plan {
   bool grads_moved_ = true;
   bool any_staged_ = false;
   bool any_new_buffer_ = false;
+  uint32_t round_ = 0;  // counts calls of step()
+  bool states_known_ = true;
   bool busy_ = false;
+  bool forget_when_done_ = false;
 };
 
 }  // namespace fused_sgd

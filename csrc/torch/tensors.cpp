@@ -8,13 +8,14 @@ Fingerprint::Fingerprint(const at::Tensor& tensor)
     : keys(tensor.key_set().raw_repr()),
       dtype(tensor.dtype()),
       itemsize(static_cast<uint8_t>(tensor.element_size())),
-      required_bytes(0),
+      required_bytes(tensor.numel() == 0 ? 0 : extent(tensor)),
       sizes(tensor.sizes().begin(), tensor.sizes().end()),
-      strides(tensor.strides().begin(), tensor.strides().end()) {
-  if (tensor.numel() == 0) return;
+      strides(tensor.strides().begin(), tensor.strides().end()) {}
+
+int64_t extent(const at::Tensor& tensor) {
   int64_t last = 0;  // offset of the last element
-  for (std::size_t dim = 0; dim < sizes.size(); ++dim) last += (sizes[dim] - 1) * strides[dim];
-  required_bytes = (last + 1) * itemsize;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return (last + 1) * static_cast<int64_t>(tensor.element_size());
 }
 
 const Fingerprint* FingerprintPool::get(const at::Tensor& tensor) {

@@ -62,6 +62,9 @@ class FingerprintPool {
 // The storage format of a dtype; complex ones are pairs of reals. Empty when there is none.
 std::optional<Format> format_of(at::ScalarType dtype);
 
+// Bytes from the first element of a strided tensor that has elements to the end of its last.
+int64_t extent(const at::Tensor& tensor);
+
 // Whether two tensors of one shape keep element i of a dense walk at the same offset. Dimensions of size 1 do not
 // count.
 bool same_strides(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b);

@@ -1,0 +1,73 @@
+#include "python_tensors.h"
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "groups.h"
+#include "tensors.h"
+
+namespace py = pybind11;
+
+namespace fused_sgd {
+namespace {
+
+// torch.distributed.tensor.DTensor once something imported it, else null. (A DTensor cannot exist before.)
+PyTypeObject* dtensor_type() {
+  static PyTypeObject* type = nullptr;
+  if (type == nullptr) {
+    PyObject* modules = PyImport_GetModuleDict();
+    PyObject* module = PyDict_GetItemString(modules, "torch.distributed.tensor");
+    if (module == nullptr) return nullptr;
+    PyObject* found = PyObject_GetAttrString(module, "DTensor");
+    if (found == nullptr) PyErr_Clear();
+    type = reinterpret_cast<PyTypeObject*>(found);  // kept for good, as the module is
+  }
+  return type;
+}
+
+}  // namespace
+
+PyObject* momentum_key() {
+  static PyObject* key = interned("momentum_buffer");
+  return key;
+}
+
+// The tensor whose memory `object` stands for: itself, or a DTensor's local shard. Null for any other subclass.
+const at::Tensor* local_tensor(PyObject* object) {
+  if (THPVariable_CheckExact(object)) return &THPVariable_Unpack(object);
+  if (Py_TYPE(object) != dtensor_type()) return nullptr;
+  static PyObject* name = interned("_local_tensor");
+  const py::object local = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (!local) throw py::error_already_set();
+  return THPVariable_CheckExact(local.ptr()) ? &THPVariable_Unpack(local.ptr()) : nullptr;
+}
+
+// A tensor's gradient, by reference; null or undefined when it has none. (at::Tensor::grad() would warn for
+// non-leaves.)
+const at::Tensor* gradient_of(const at::Tensor& tensor) {
+  const c10::AutogradMetaInterface* meta = tensor.unsafeGetTensorImpl()->autograd_meta();
+  return meta == nullptr ? nullptr : &static_cast<const torch::autograd::AutogradMeta*>(meta)->grad_;
+}
+
+// The tensor, if it has elements in CPU memory of its own; else null.
+const at::Tensor* memory_of(const at::Tensor* tensor) {
+  const bool has = tensor != nullptr && tensor->defined() && !tensor->unsafeGetTensorImpl()->is_python_dispatch() &&
+                   tensor->layout() == at::kStrided && tensor->device().is_cpu() && tensor->has_storage() &&
+                   !tensor->unsafeGetTensorImpl()->is_nested() && tensor->numel() > 0 &&
+                   static_cast<int64_t>(tensor->storage().nbytes()) >= extent(*tensor);
+  return has ? tensor : nullptr;
+}
+
+const char* role_name(Role role) {
+  switch (role) {
+    case Role::Parameter:
+      return "parameter";
+    case Role::Gradient:
+      return "gradient";
+    default:
+      return "momentum buffer";
+  }
+}
+
+}  // namespace fused_sgd
