@@ -16,9 +16,13 @@ VENV := .venv
 VENV_INTEGRATIONS := .venv-integrations
 PIP_FLAGS := --quiet --disable-pip-version-check
 
+# Where there is an nvcc, the CUDA kernels are compiled and linked too, for one architecture: whatever torch is there.
+export FUSED_SGD_CUDA ?= $(if $(shell command -v nvcc),1,0)
+export FUSED_SGD_CUDA_ARCHS ?= 90
+
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard fused_sgd/*.py) \
-           $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp)
-CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard tests/native/*) $(wildcard benchmarks/*.cpp)
+           $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu)
+CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu) $(wildcard tests/native/*) $(wildcard benchmarks/*.cpp)
 
 .PHONY: demo test test-integrations bench lint format clean
 .DELETE_ON_ERROR:

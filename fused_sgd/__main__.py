@@ -29,35 +29,44 @@ def _report() -> Iterator[tuple[str, str]]:
     ]
     yield "CPU instruction sets", ", ".join(sets)
     assert build_info is not None
-    yield "CUDA architectures", build_info.CUDA_ARCHITECTURES or f"none: {build_info.CUDA_REASON}"
+    yield "CUDA architectures", C.cuda_architectures() or f"none: {build_info.CUDA_REASON}"
+    for index in range(torch.cuda.device_count()):
+        yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {C.cuda_obstacle(index) or 'usable'}"
 
 
-def _run(fused: bool, dtype: torch.dtype, nesterov: bool) -> list[Tensor]:
+def _run(fused: bool, dtype: torch.dtype, nesterov: bool, device: str = "cpu") -> list[Tensor]:
     """Three steps over tensors of many sizes; returns parameters and momentum buffers."""
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(n, generator=generator).to(dtype).requires_grad_() for n in (1, 7, 64, 4097, 70_001)]
+    sizes = (1, 7, 64, 4097, 70_001)
+    params = [torch.randn(n, generator=generator).to(device, dtype).requires_grad_() for n in sizes]
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov, fused=fused)
     for _ in range(3):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
         optimizer.step()
-    return [t for p in params for t in (p.detach(), optimizer.state[p]["momentum_buffer"])]
+    return [t.cpu() for p in params for t in (p.detach(), optimizer.state[p]["momentum_buffer"])]
 
 
 def _self_test() -> Iterator[tuple[str, bool]]:
-    """The kernel of each instruction set against the reference, to the bit."""
+    """The kernel of each instruction set and GPU against the reference on the CPU, to the bit."""
     assert C is not None
     before = C.instruction_set()
     for name, runs_here, _ in C.instruction_sets():
         if not runs_here:
             continue
         C.select_instruction_set(name)
-        same = all(
-            all(map(torch.equal, _run(True, dtype, nesterov), _run(False, dtype, nesterov)))
-            for dtype, nesterov in itertools.product(_DTYPES, (False, True))
-        )
-        yield f"{name} equals the reference to the bit", same
+        yield f"{name} equals the reference to the bit", _equals_reference("cpu")
     C.select_instruction_set(before)
+    for index in range(torch.cuda.device_count()):
+        if not C.cuda_obstacle(index):
+            yield f"cuda:{index} equals the reference to the bit", _equals_reference(f"cuda:{index}")
+
+
+def _equals_reference(device: str) -> bool:
+    return all(
+        all(map(torch.equal, _run(True, dtype, nesterov, device), _run(False, dtype, nesterov)))
+        for dtype, nesterov in itertools.product(_DTYPES, (False, True))
+    )
 
 
 def main() -> int:

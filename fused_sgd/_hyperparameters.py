@@ -49,6 +49,12 @@ def check_grad_scale(grad_scale: Any) -> float | None:
     return number
 
 
+def check_one_element(name: str, value: Any) -> None:
+    """Raises TypeError for a tensor of another number of elements; its value stays where it is."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name} must be a number or a 1-element tensor, and is of shape {tuple(value.shape)}")
+
+
 def check_path(options: dict[str, Any]) -> None:
     """Raises RuntimeError for path options that exclude each other or cannot be honoured."""
     if not options["fused"]:

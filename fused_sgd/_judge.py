@@ -160,8 +160,10 @@ def _kernel_obstacle(param: Tensor, grad: Tensor | None, buffer: Tensor | None) 
             continue
         if tensor.layout != torch.strided:
             return f"the {role} is sparse ({tensor.layout})"
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in ("cpu", "cuda"):
             return f"there is no kernel for device type {tensor.device.type}"
+        if tensor.device.type == "cuda" and (gpu := str(C.cuda_obstacle(tensor.device.index))):
+            return gpu
         if role != "gradient" and type(tensor) not in (Tensor, torch.nn.Parameter) and dtensor(tensor) is None:
             return f"the {role} is a {type(tensor).__name__}, a subclass of Tensor"
         if tensor.is_inference():

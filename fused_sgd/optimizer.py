@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, overload
 
 import torch
@@ -12,6 +13,7 @@ from fused_sgd._hyperparameters import (
     check_duplicates,
     check_grad_scale,
     check_numbers,
+    check_one_element,
     check_path,
 )
 from fused_sgd._judge import Group, gradient, judge, local, momentum_buffer, place
@@ -149,8 +151,8 @@ class FusedSGD(Optimizer):
         attributes = self.__dict__
         if "found_inf" in attributes or "grad_scale" in attributes:
             self._step_scaled(attributes)
-        elif (rest := _step(self._plan, self.param_groups, self.state, None)) is not None:
-            self._settle(rest, None)
+        elif (rest := _step(self._plan, self.param_groups, self.state, None, None)) is not None:
+            self._settle(rest, None, None)
         return loss
 
     def explain(self) -> Explanation:
@@ -176,13 +178,20 @@ class FusedSGD(Optimizer):
         """A step under GradScaler, or with a grad_scale that the user set."""
         scaler_is_stepping = "found_inf" in attributes
         try:
-            # GradScaler sums found_inf over devices: anything but 0 means an overflow.
-            found_inf = attributes.get("found_inf")
-            if found_inf is None or float(found_inf) == 0:
-                scale = check_grad_scale(attributes.get("grad_scale"))
-                rest = _step(self._plan, self.param_groups, self.state, scale)
-                if rest is not None:
-                    self._settle(rest, scale)
+            scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
+            if _on_gpu(found_inf):
+                check_one_element("found_inf", found_inf)
+            elif _overflowed(found_inf):
+                return
+            else:
+                found_inf = None
+            if _on_gpu(scale):
+                check_one_element("grad_scale", scale)
+            else:
+                scale = check_grad_scale(scale)
+            rest = _step(self._plan, self.param_groups, self.state, scale, found_inf)
+            if rest is not None:
+                self._settle(rest, scale, found_inf)
         except BaseException:
             # GradScaler deletes them after a step that returns. Left behind, they would scale the next one twice.
             if scaler_is_stepping:
@@ -190,15 +199,26 @@ class FusedSGD(Optimizer):
                 attributes.pop("found_inf", None)
             raise
 
-    def _settle(self, rest: tuple[Any, ...], grad_scale: Tensor | float | None) -> None:
+    def _settle(self, rest: tuple[Any, ...], grad_scale: Tensor | float | None, found_inf: Tensor | None) -> None:
         """Does what the plan could not: judges, raises, or steps the parameters that no kernel takes."""
+
+        def again() -> tuple[Any, ...] | None:
+            answered: tuple[Any, ...] | None = _step(self._plan, self.param_groups, self.state, grad_scale, found_inf)
+            return answered
+
         answer: tuple[Any, ...] | None = rest
         if rest[0] == "state":  # someone put another dict there
             self.state = State(self._plan, self.state)
-            answer = _step(self._plan, self.param_groups, self.state, grad_scale)
+            answer = again()
         if answer is not None and answer[0] == "judge":
             self._admit(answer[1])
-            answer = _step(self._plan, self.param_groups, self.state, grad_scale)
+            answer = again()
+        if answer is not None and answer[0] in ("scalars", "mode", "no plan"):
+            # Not everything is stepped where these stand, so the host must know them; that waits for the GPU.
+            if _overflowed(found_inf):
+                return
+            grad_scale, found_inf = check_grad_scale(grad_scale), None
+            answer = again()
         if answer is None:
             return
         if answer[0] == "elsewhere":
@@ -227,6 +247,12 @@ class FusedSGD(Optimizer):
             raise RuntimeError(
                 f"{place(groups, group, index)}: the storage of its {role} is smaller than the tensor; it was freed or"
                 " resized after the tensor was made"
+            )
+        elif what == "capture":
+            group, index = details
+            raise RuntimeError(
+                f"{place(groups, group, index)}: its first step with dampening is another than those that follow, and a"
+                " CUDA graph would repeat it; run one step before the capture"
             )
         elif what == "overlap":
             (group, index, role), (other_group, other_index, other_role) = details
@@ -338,8 +364,38 @@ def _new_momentum_buffer(param: Tensor) -> Tensor:
     With it, the formula of later steps gives what the first step must (b = d, to the bit: +0.0 would lose the sign of a
     zero), so a buffer whose first step never came is still right.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _outside_capture(param.device):
         buffer = torch.empty_like(param, requires_grad=False)
         memory = local(buffer)
         (torch.view_as_real(memory.resolve_conj()) if memory.is_complex() else memory).fill_(-0.0)
     return buffer
+
+
+@contextlib.contextmanager
+def _outside_capture(device: torch.device) -> Iterator[None]:
+    """Lets work be done now, in ordinary memory, even while a CUDA graph is captured, of which it is to be no part.
+
+    A graph that filled a new buffer would fill it again at each replay, and memory from the graph's own pool may be
+    written by what the graph did earlier.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    assert C is not None
+    mode = C.relax_capture_mode()
+    try:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+    finally:
+        C.restore_capture_mode(mode)
+
+
+def _on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def _overflowed(found_inf: Any) -> bool:
+    """Whether the step is to be skipped. GradScaler sums over devices: anything but 0 means an overflow."""
+    return found_inf is not None and float(found_inf) != 0

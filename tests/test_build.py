@@ -27,22 +27,48 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """csrc/core and csrc/cpu and their tests, built without Python and so without torch, under sanitizers."""
+    """The native tests of core, cpu and cuda: built without Python, and so without torch, under sanitizers."""
     build = tmp_path_factory.mktemp("native")
     options = ["-DFUSED_SGD_PYTHON=OFF", "-DFUSED_SGD_TESTS=ON", "-DFUSED_SGD_WERROR=ON", "-DFUSED_SGD_SANITIZE=ON"]
     cmake = Path(sys.executable).with_name("cmake")
     path = f"{cmake.parent}{os.pathsep}{os.environ['PATH']}"
-    configured = run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options, PATH=path)
+    configured = run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options, PATH=path, FUSED_SGD_CUDA="0")
     assert configured.returncode == 0, configured.stdout + configured.stderr
-    built = run(cmake, "--build", build, PATH=path)
+    built = run(cmake, "--build", build, PATH=path, FUSED_SGD_CUDA="0")
     assert built.returncode == 0, built.stdout + built.stderr
     return build
 
 
-@pytest.mark.parametrize("test", ["formats", "blocks", "walk"])
+@pytest.mark.parametrize("test", ["formats", "blocks", "walk", "grid"])
 def test_native(native_build: Path, test: str) -> None:
     result = run(native_build / f"test_{test}")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_cuda_kernels_compile_without_torch_and_spill_no_register(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    cmake = Path(sys.executable).with_name("cmake")
+    path = f"{cmake.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "FUSED_SGD_CUDA": "1", "FUSED_SGD_CUDA_ARCHS": "90"}
+    configured = run(cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DFUSED_SGD_PYTHON=OFF", **environment)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    built = run(cmake, "--build", tmp_path, "--target", "fused_sgd_cuda", "--verbose", **environment)
+    report = built.stdout + built.stderr
+    assert built.returncode == 0, report
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 9, "three kernels, each for small tables, large ones, and those in device memory"
+    assert set(spills) == {("0", "0", "0")}, report
+
+
+def test_the_module_has_the_kernels_it_was_built_for() -> None:
+    from fused_sgd import _C, _build_info
+
+    assert _C.cuda_architectures() == _build_info.CUDA_ARCHITECTURES
+    if not _build_info.CUDA_ARCHITECTURES:
+        assert _build_info.CUDA_REASON
+    elif shutil.which("nvidia-smi") is None:
+        assert _C.cuda_obstacle(0).startswith("fused_sgd, cuda:0: ")  # no driver here, and no crash
 
 
 def test_no_instruction_set_leaks_into_another(native_build: Path) -> None:

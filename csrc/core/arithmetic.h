@@ -16,6 +16,13 @@
 #define FSGD_INLINE inline __attribute__((always_inline))
 #endif
 
+// Loops over packs have few turns, and arrays that they index must stay in registers.
+#if defined(__CUDA_ARCH__)
+#define FSGD_UNROLL _Pragma("unroll")
+#else
+#define FSGD_UNROLL
+#endif
+
 namespace fused_sgd {
 
 #if defined(__CUDA_ARCH__)

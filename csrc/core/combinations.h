@@ -34,6 +34,13 @@ namespace fused_sgd {
 
 enum class Format : uint8_t { Float64, Float32, BFloat16, Float16 };
 
+// The lines' numbers by name: Line_Float32_Float32_Float32 is 0.
+enum Line : int {
+#define FSGD_LINE(P, G, M) Line_##P##_##G##_##M,
+  FSGD_COMBINATIONS(FSGD_LINE)
+#undef FSGD_LINE
+};
+
 struct Combination {
   Format parameter;
   Format gradient;

@@ -7,6 +7,12 @@
 //   kBlock                  how many consecutive elements are stored together: 1, or the size of a scale block
 //   load(i) -> Acc          element i
 //   store(i, x)             element i, rounded to nearest even once, when kBlock == 1
+//   until_aligned()         how many elements lie before the first 16-byte boundary
+//   aligned(i)              whether element i lies on one
+//   Packed<n>               n elements as they are stored; n * kBytes is a multiple of 16
+//   load_pack<n>(i, wide)   elements i to i + n - 1 as Packed<n>; wide: with 16-byte accesses, element i being aligned
+//   unpack(packed, x[n])    their values
+//   store_pack(i, wide, x)  n elements, rounded
 // and, when kBlock > 1, instead of store(i, x)
 //   Reduction               what a block's store needs to know of all its elements (a largest magnitude, say)
 //   reduce(Reduction&, x)   folds one new value in
@@ -57,6 +63,13 @@ FSGD_INLINE uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
+// What one thread of a GPU moves at a time: 16 bytes, or a multiple.
+template <class Element, int n>
+struct alignas(16) Pack {
+  static_assert(n * sizeof(Element) % 16 == 0);
+  Element element[n];
+};
+
 // A format whose element is one number in one column.
 template <class Element, class AccType, AccType (*kDecode)(Element), Element (*kEncode)(AccType)>
 struct Plain {
@@ -70,6 +83,38 @@ struct Plain {
   FSGD_INLINE explicit Plain(void* const* columns) : data(static_cast<Element*>(columns[0])) {}
   FSGD_INLINE Acc load(int64_t i) const { return kDecode(data[i]); }
   FSGD_INLINE void store(int64_t i, Acc x) const { data[i] = kEncode(x); }
+
+  FSGD_INLINE uint32_t until_aligned() const {
+    return static_cast<uint32_t>(-reinterpret_cast<uintptr_t>(data) % 16 / sizeof(Element));
+  }
+  FSGD_INLINE bool aligned(int64_t i) const { return reinterpret_cast<uintptr_t>(data + i) % 16 == 0; }
+  template <int n>
+  using Packed = Pack<Element, n>;
+  template <int n>
+  FSGD_INLINE Packed<n> load_pack(int64_t i, bool wide) const {
+    if (wide) return *reinterpret_cast<const Packed<n>*>(data + i);
+    Packed<n> pack;
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) pack.element[k] = data[i + k];
+    return pack;
+  }
+  template <int n>
+  FSGD_INLINE static void unpack(const Packed<n>& pack, Acc (&x)[n]) {
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) x[k] = kDecode(pack.element[k]);
+  }
+  template <int n>
+  FSGD_INLINE void store_pack(int64_t i, bool wide, const Acc (&x)[n]) const {
+    Packed<n> pack;
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) pack.element[k] = kEncode(x[k]);
+    if (wide) {
+      *reinterpret_cast<Packed<n>*>(data + i) = pack;
+    } else {
+      FSGD_UNROLL
+      for (int k = 0; k < n; ++k) data[i + k] = pack.element[k];
+    }
+  }
 };
 
 template <class T>

@@ -7,17 +7,41 @@
 
 namespace fused_sgd {
 
+// Where a hyperparameter stands: in the group itself, or in memory that the backend reads when the step runs.
+enum class Source : uint8_t { Value, Float32, Float64 };
+
+// A hyperparameter from wherever it stands. One that stands in memory is stored as its address.
+FSGD_INLINE double read(double stored, Source source) {
+  if (source == Source::Value) return stored;
+  const auto address = bit_cast<uint64_t>(stored);
+  if (source == Source::Float32) return static_cast<double>(*reinterpret_cast<const float*>(address));
+  return *reinterpret_cast<const double*>(address);
+}
+
 // One param group's hyperparameters as the user gave them, in double, as the table carries them.
 struct Group {
-  double lr = 0;
+  double lr = 0;  // an address if lr_source says so; so is weight_decay
   double momentum = 0;
   double dampening = 0;
   double weight_decay = 0;
-  uint32_t nesterov = 0;  // 0 or 1, like maximize
-  uint32_t maximize = 0;
+  uint8_t nesterov = 0;  // 0 or 1, like maximize
+  uint8_t maximize = 0;
+  Source lr_source = Source::Value;
+  Source weight_decay_source = Source::Value;
+  uint32_t unused = 0;
 
-  bool operator==(const Group&) const = default;
+  // Bits are compared, not numbers: -0.0 is another learning rate than 0.0.
+  bool operator==(const Group& other) const {
+    struct Words {
+      uint64_t word[5];
+    };
+    const auto a = bit_cast<Words>(*this), b = bit_cast<Words>(other);
+    uint64_t difference = 0;
+    for (int i = 0; i < 5; ++i) difference |= a.word[i] ^ b.word[i];
+    return difference == 0;
+  }
 };
+static_assert(sizeof(Group) == 40);
 
 // A yes or no that is the same for every element, held as a number of the elements' own type: loops with a select on it
 // vectorise beside 16-bit storage, which GCC does not manage with a bool.
@@ -46,13 +70,19 @@ struct Hyperparameters {
 
   // grad_scale: one float, or null when gradients are not scaled.
   FSGD_INLINE Hyperparameters(const Group& group, const float* grad_scale_pointer, bool is_first_step)
-      : neg_lr(static_cast<T>(-group.lr)),
+      : Hyperparameters(group, read(group.lr, group.lr_source), read(group.weight_decay, group.weight_decay_source),
+                        grad_scale_pointer, is_first_step) {}
+
+ private:
+  FSGD_INLINE Hyperparameters(const Group& group, double lr, double decay, const float* grad_scale_pointer,
+                              bool is_first_step)
+      : neg_lr(static_cast<T>(-lr)),
         momentum(static_cast<T>(group.momentum)),
         one_minus_dampening(static_cast<T>(1 - group.dampening)),
-        weight_decay(static_cast<T>(group.weight_decay)),
+        weight_decay(static_cast<T>(decay)),
         grad_scale(grad_scale_pointer ? static_cast<T>(*grad_scale_pointer) : T(1)),
         has_momentum(group.momentum != 0),
-        has_weight_decay(group.weight_decay != 0),
+        has_weight_decay(decay != 0),
         has_grad_scale(grad_scale_pointer != nullptr),
         nesterov(group.nesterov != 0),
         maximize(group.maximize != 0),

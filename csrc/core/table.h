@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <limits>
+#include <span>
 #include <stdexcept>
 #include <vector>
 
@@ -41,6 +42,8 @@ struct Table {
   const std::byte* rows = nullptr;
   const Group* groups = nullptr;
   const float* grad_scale = nullptr;  // one value: gradients are divided by it; null for none
+  const float* found_inf = nullptr;   // one value: unless it is 0, the step is skipped; null for none. Only for GPUs:
+                                      // a CPU's step is skipped before it begins
   uint32_t row_count = 0;
   uint32_t row_bytes = sizeof(Row) + kMaxColumns * sizeof(void*);
   uint32_t log2_chunk_bytes = 0;
@@ -50,8 +53,8 @@ struct Table {
   }
   FSGD_INLINE uint32_t chunk_begin(uint32_t i) const { return i == 0 ? 0 : row(i - 1).chunk_end; }
   FSGD_INLINE uint32_t chunk_count() const { return row_count == 0 ? 0 : row(row_count - 1).chunk_end; }
-  FSGD_INLINE int64_t chunk_elements(const Row& row) const {
-    return int64_t{1} << (log2_chunk_bytes - kCombinations[row.combination()].parameter_log2_bytes);
+  FSGD_INLINE int64_t chunk_elements(int parameter_bytes) const {  // of an element
+    return (int64_t{1} << log2_chunk_bytes) / parameter_bytes;
   }
 
   // The row that holds `chunk`, which must be below chunk_count().
@@ -100,8 +103,7 @@ class TablePacker {
   // A row; the caller writes its pointers, to what is returned. length > 0; group as add_group() returned it.
   void** add_row(int64_t length, uint32_t group, uint32_t combination, bool first_step) {
     if (bytes_.size() < used_bytes_ + row_bytes_) bytes_.resize(2 * (used_bytes_ + row_bytes_));
-    const uint32_t log2_chunk = log2_chunk_bytes_ - kCombinations[combination].parameter_log2_bytes;
-    chunks_ += static_cast<uint64_t>((length - 1) >> log2_chunk) + 1;
+    chunks_ += count_chunks(length, combination);
     if (chunks_ > std::numeric_limits<uint32_t>::max()) {
       throw std::length_error("the parameters of one step have more than 2^32 chunks");
     }
@@ -123,10 +125,40 @@ class TablePacker {
   int64_t elements() const { return elements_; }
 
   Table table(const float* grad_scale) const {
-    return Table{bytes_.data(), groups_.data(), grad_scale, row_count_, row_bytes_, log2_chunk_bytes_};
+    return Table{bytes_.data(), groups_.data(), grad_scale, nullptr, row_count_, row_bytes_, log2_chunk_bytes_};
+  }
+  std::span<const std::byte> rows() const { return {bytes_.data(), used_bytes_}; }
+  std::span<const Group> groups() const { return groups_; }
+  // Of all parameters, each rounded up to a chunk.
+  uint64_t parameter_bytes() const { return chunks_ << log2_chunk_bytes_; }
+
+  // Counts the rows' chunks anew, in another size.
+  void rechunk(uint32_t log2_chunk_bytes) {
+    log2_chunk_bytes_ = log2_chunk_bytes;
+    chunks_ = 0;
+    for (uint32_t i = 0; i < row_count_; ++i) {
+      Row& row = *reinterpret_cast<Row*>(bytes_.data() + std::size_t{i} * row_bytes_);
+      chunks_ += count_chunks(row.length, row.combination());
+      row.chunk_end = static_cast<uint32_t>(chunks_);
+    }
+  }
+
+  // The combination that all rows have, or -1 when they differ.
+  int only_combination() const {
+    const Table all = table(nullptr);
+    for (uint32_t i = 1; i < row_count_; ++i) {
+      if (all.row(i).combination() != all.row(0).combination()) return -1;
+    }
+    return row_count_ == 0 ? -1 : static_cast<int>(all.row(0).combination());
   }
 
  private:
+  uint64_t count_chunks(int64_t length, uint32_t combination) const {
+    return static_cast<uint64_t>((length - 1) >>
+                                 (log2_chunk_bytes_ - kCombinations[combination].parameter_log2_bytes)) +
+           1;
+  }
+
   std::vector<std::byte> bytes_;
   std::vector<Group> groups_;
   uint32_t row_bytes_ = 0;

@@ -47,7 +47,7 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
       }
     }
     if (row.chunk_end >= chunk_end) {  // the last row of the range, perhaps not to its end
-      const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements(row);
+      const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements(P::kBytes);
       walk(row.columns(), h, begin, end < row.length ? end : row.length);
       return i + 1;
     }
@@ -72,7 +72,8 @@ constexpr WalkRows kWalkRows[] = {
 void FSGD_CONCAT(walk_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end) {
   if (chunk_begin >= chunk_end) return;
   uint32_t row = table.find_row(chunk_begin);
-  int64_t begin = (chunk_begin - table.chunk_begin(row)) * table.chunk_elements(table.row(row));
+  const Combination& combination = kCombinations[table.row(row).combination()];
+  int64_t begin = (chunk_begin - table.chunk_begin(row)) * table.chunk_elements(1 << combination.parameter_log2_bytes);
   for (;;) {
     row = kWalkRows[table.row(row).combination()](table, row, begin, chunk_end);
     if (table.row(row - 1).chunk_end >= chunk_end) return;

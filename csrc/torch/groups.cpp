@@ -42,6 +42,20 @@ bool is_immutable(PyObject* value) {
   return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None;
 }
 
+// Where a kernel can read a number: in a tensor on a GPU, of one element of float32 or float64. Else Source::Value.
+Source source_on_gpu(PyObject* value) {
+  if (!THPVariable_CheckExact(value)) return Source::Value;
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  if (!tensor.is_cuda() || tensor.layout() != at::kStrided || tensor.numel() != 1) return Source::Value;
+  if (tensor.is_neg()) return Source::Value;
+  if (tensor.scalar_type() == at::kFloat) return Source::Float32;
+  return tensor.scalar_type() == at::kDouble ? Source::Float64 : Source::Value;
+}
+
+double address_of(PyObject* value) {
+  return bit_cast<double>(reinterpret_cast<uint64_t>(THPVariable_Unpack(value).const_data_ptr()));
+}
+
 bool as_bool(PyObject* value) {
   const int truth = PyObject_IsTrue(value);
   if (truth < 0) throw py::error_already_set();
@@ -81,7 +95,20 @@ GroupReader::Outcome GroupReader::parse(PyObject* dict) {
   Group group;
   double* const numbers[] = {&group.lr, &group.momentum, &group.dampening, &group.weight_decay};
   invalid_ = too_large_ = kKeyCount;
+  group.lr_source = source_on_gpu(seen_[kLr].get());
+  group.weight_decay_source = source_on_gpu(seen_[kWeightDecay].get());
+  lr_device_ = weight_decay_device_ = kNoDevice;
+  if (group.lr_source != Source::Value) {
+    group.lr = address_of(seen_[kLr].get());
+    lr_device_ = THPVariable_Unpack(seen_[kLr].get()).device().index();
+  }
+  if (group.weight_decay_source != Source::Value) {
+    group.weight_decay = address_of(seen_[kWeightDecay].get());
+    weight_decay_device_ = THPVariable_Unpack(seen_[kWeightDecay].get()).device().index();
+  }
   for (int key = kLr; key <= kWeightDecay; ++key) {
+    if (key == kLr && lr_device_ != kNoDevice) continue;
+    if (key == kWeightDecay && weight_decay_device_ != kNoDevice) continue;
     double& number = *numbers[key];
     try {
       number = as_double(seen_[key].get());
@@ -101,6 +128,18 @@ GroupReader::Outcome GroupReader::parse(PyObject* dict) {
   group.maximize = as_bool(seen_[kMaximize].get());
   group_ = group;
   return path_changed ? kPathChanged : kSame;
+}
+
+Group GroupReader::values_for(c10::Device device) const {
+  Group group = group_;
+  const auto fetch = [&](c10::DeviceIndex stands_on, Key key, double& value, Source& source) {
+    if (stands_on == kNoDevice || (device.is_cuda() && device.index() == stands_on)) return;
+    value = as_double(seen_[key].get());
+    source = Source::Value;
+  };
+  fetch(lr_device_, kLr, group.lr, group.lr_source);
+  fetch(weight_decay_device_, kWeightDecay, group.weight_decay, group.weight_decay_source);
+  return group;
 }
 
 int GroupReader::traverse(visitproc visit, void* arg) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <Python.h>
+#include <c10/core/Device.h>
 
 #include <array>
 
@@ -80,6 +81,10 @@ class GroupReader {
   Outcome read(PyObject* dict);
 
   const Group& values() const { return group_; }
+  // Whether a hyperparameter is a tensor on a GPU, whose kernel reads it there: then values() holds its address.
+  bool has_addresses() const { return lr_device_ != kNoDevice || weight_decay_device_ != kNoDevice; }
+  // values() for parameters on another device: what stands elsewhere is read, which waits for the GPU.
+  Group values_for(c10::Device device) const;
   // The first hyperparameter that is finite and beyond float32's range, or kKeyCount.
   Key too_large() const { return too_large_; }
   // The first hyperparameter that is NaN or no number, or kKeyCount.
@@ -89,7 +94,10 @@ class GroupReader {
  private:
   Outcome parse(PyObject* dict);
 
+  static constexpr c10::DeviceIndex kNoDevice = -1;
   Group group_;
+  c10::DeviceIndex lr_device_ = kNoDevice;  // of the GPU that the value stands on
+  c10::DeviceIndex weight_decay_device_ = kNoDevice;
   std::array<Ref, kKeyCount> seen_;
   bool any_mutable_ = false;
   Key invalid_ = kKeyCount;

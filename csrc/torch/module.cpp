@@ -29,13 +29,13 @@ py::custom_type_setup plan_takes_part_in_gc() {
   });
 }
 
-// step(plan, param_groups, state, grad_scale). By hand, since pybind11's argument handling would take as long as a step
-// over a dozen tensors.
+// step(plan, param_groups, state, grad_scale, found_inf). By hand, since pybind11's argument handling would take as
+// long as a step over a dozen tensors.
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 4 && PyList_Check(args[1]) && PyDict_Check(args[2]),
+  TORCH_CHECK(count == 5 && PyList_Check(args[1]) && PyDict_Check(args[2]),
               "optimizer.param_groups must be a list and optimizer.state a dict");
-  return py::cast<Plan&>(py::handle(args[0])).step(args[1], args[2], args[3]).release().ptr();
+  return py::cast<Plan&>(py::handle(args[0])).step(args[1], args[2], args[3], args[4]).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -50,11 +50,12 @@ bool supports(at::ScalarType param, at::ScalarType grad, at::ScalarType momentum
   return p && g && m && find_combination(*p, *g, *m) >= 0;
 }
 
-// A strided tensor in CPU memory with nothing unusual about it but, perhaps, lazy conjugation or negation.
+// A strided tensor in memory of a CPU or GPU with nothing unusual about it but, perhaps, lazy conjugation or negation.
 bool is_plain(const at::Tensor& tensor) {
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const auto allowed =
       c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU,
+                           c10::DispatchKey::CUDA, c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA,
                            c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
   return impl.layout() == at::kStrided && impl.has_storage() && (impl.key_set().raw_repr() & ~allowed.raw_repr()) == 0;
 }
@@ -89,6 +90,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_plain", &is_plain, "Whether the kernel can walk this tensor's memory.");
   m.def("staged", &staged_roles, "Which of a parameter, its gradient and momentum buffer the kernel walks as copies.");
   m.def("overlaps_itself", &overlaps_itself, "Whether two elements of a tensor share memory.");
+
+  m.def("cuda_architectures", &cuda::architectures, "Compute capabilities the kernels were built for; may be empty.");
+  m.def("cuda_obstacle", &cuda::obstacle, "Why no kernel can run on this GPU, or an empty string.");
+  m.def("relax_capture_mode", &cuda::relax_capture_mode, "Lets this thread allocate and wait while it captures.");
+  m.def("restore_capture_mode", &cuda::restore_capture_mode, "Gives back what relax_capture_mode() returned.");
 
   m.def("instruction_sets", [] {
     py::list sets;

@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <cmath>
+
 #include "python_tensors.h"
 
 namespace py = pybind11;
@@ -36,6 +38,12 @@ py::error_already_set type_error(const std::string& message) {
   return {};
 }
 
+// The tensor, if it is one on a GPU.
+at::Tensor on_gpu(PyObject* object) {
+  if (!THPVariable_Check(object) || !THPVariable_Unpack(object).is_cuda()) return {};
+  return THPVariable_Unpack(object);
+}
+
 py::tuple freed(Where where, Role role) { return py::make_tuple("freed", where.group, where.index, role_name(role)); }
 
 }  // namespace
@@ -53,6 +61,7 @@ class Plan::Busy {
     ++plan_.round_;
     plan_.held_.clear();
     plan_.copies_.clear();
+    plan_.gpu_grad_scale_ = plan_.gpu_found_inf_ = at::Tensor();
     const auto groups = std::exchange(plan_.discarded_groups_, std::vector<GroupEntry>());
     const auto entries = std::exchange(plan_.discarded_entries_, std::vector<Entry>());
     plan_.busy_ = false;
@@ -65,11 +74,15 @@ class Plan::Busy {
   Plan& plan_;
 };
 
-py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_scale) {
+Plan::Plan() { targets_.push_back(Target{c10::Device(c10::kCPU), {}, nullptr, nullptr, {}, {}}); }
+
+py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
   const Busy busy(*this);
   if (!watches(state)) return py::make_tuple("state");
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::make_tuple("mode");
-  has_grad_scale_ = grad_scale != Py_None;
+  gpu_grad_scale_ = on_gpu(grad_scale);
+  gpu_found_inf_ = on_gpu(found_inf);
+  has_grad_scale_ = grad_scale != Py_None && !gpu_grad_scale_.defined();
   grad_scale_ = has_grad_scale_ ? static_cast<float>(as_double(grad_scale)) : 1;
   return run(param_groups, state);
 }
@@ -80,12 +93,22 @@ py::object Plan::run(PyObject* param_groups, PyObject* state) {
   if (written_moved_ || grads_moved_ || !elsewhere_.empty()) {
     if (py::object obstacle = check_overlap(); !obstacle.is_none()) return obstacle;
   }
-  if (any_new_buffer_) {
-    // This hashes parameters, which runs Python code, and so perhaps other threads: everything is looked at once more.
-    install_new_buffers(state);
-    if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+  if (gpu_grad_scale_.defined() || gpu_found_inf_.defined()) {
+    if (targets_[0].packer.row_count() != 0 || !elsewhere_.empty()) return py::make_tuple("scalars");
   }
-  if (any_staged_) stage();
+  try {
+    if (any_new_buffer_) {
+      // This hashes parameters, which runs Python code, and so perhaps other threads: all is looked at once more.
+      install_new_buffers(state);
+      if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+    }
+    if (any_staged_) stage();
+    if (targets_.size() > 1) prepare_launches();
+  } catch (...) {
+    remove_new_buffers(state);
+    throw;
+  }
+  if (targets_.size() > 1) launch();
   walk();
   commit();
   if (elsewhere_.empty()) return py::none();
@@ -182,8 +205,15 @@ FSGD_INLINE bool Plan::holds(Entry& entry, Active& active, const at::Tensor& gra
   active.grad = local_gradient(grad);
   if (active.grad == nullptr || !entry.grad_print->matches(*active.grad->unsafeGetTensorImpl())) return false;
   active.momentum = momentum ? momentum_of(entry) : nullptr;
-  return !momentum ||
-         (active.momentum != nullptr && entry.momentum_print->matches(*active.momentum->unsafeGetTensorImpl()));
+  if (momentum &&
+      (active.momentum == nullptr || !entry.momentum_print->matches(*active.momentum->unsafeGetTensorImpl()))) {
+    return false;
+  }
+  // Fingerprints tell a GPU from a CPU, not one GPU from another.
+  if (entry.target == 0) return true;
+  const c10::Device device = targets_[entry.target].device;
+  return active.param->device() == device && active.grad->device() == device &&
+         (!momentum || active.momentum->device() == device);
 }
 
 // Brings the plan to the shape of the optimizer and reads its dicts. This may run Python code; nothing after it does.
@@ -218,12 +248,14 @@ py::object Plan::prepare(PyObject* param_groups, PyObject* state) {
 py::object Plan::scan() {
   active_.clear();
   elsewhere_.clear();
-  packer_.start(kMaxColumns, kLog2ChunkBytes);
+  for (Target& target : targets_) target.packer.start(kMaxColumns, kLog2ChunkBytes);
   grads_moved_ = any_staged_ = any_new_buffer_ = false;
   py::object to_judge;
+  bool scalars_needed = false;
   for (std::size_t g = 0; g < groups_.size(); ++g) {
     GroupEntry& group = groups_[g];
-    const uint32_t table_group = packer_.add_group(group.reader.values());
+    Target* target = nullptr;  // the last parameter's
+    uint32_t table_group = 0;
     const bool momentum = group.reader.values().momentum != 0;
     const Key too_large = group.reader.too_large();
 
@@ -253,6 +285,26 @@ py::object Plan::scan() {
         return py::make_tuple("too large", g, kKeyNames[too_large], i);
       }
       any_new_buffer_ |= entry.first_step;
+      if (target != &targets_[entry.target]) {
+        target = &targets_[entry.target];
+        Group values = group.reader.values();
+        if (group.reader.has_addresses()) {
+          values = group.reader.values_for(target->device);
+          if (values.lr_source == Source::Value && std::isnan(values.lr)) return py::make_tuple("invalid", g, "lr");
+          if (values.weight_decay_source == Source::Value && std::isnan(values.weight_decay)) {
+            return py::make_tuple("invalid", g, "weight_decay");
+          }
+        }
+        table_group = target->packer.add_group(values);
+      }
+      bool first_step = entry.first_step;
+      if (entry.target != 0 && first_step) {
+        // The buffer holds -0.0, with which the ordinary formula gives the first step to the bit, unless there is
+        // dampening. So a step that the device skips or a graph repeats needs no flag.
+        first_step = group.reader.values().dampening != 0;
+        scalars_needed = scalars_needed || (first_step && gpu_found_inf_.defined());
+        if (first_step && cuda::is_capturing(current_stream(target->device))) return py::make_tuple("capture", g, i);
+      }
       if (entry.length != 0) {
         a.param_data = entry.param_print->locate(*a.param->unsafeGetTensorImpl(), true);
         a.grad_data = entry.grad_print->locate(*a.grad->unsafeGetTensorImpl(), false);
@@ -265,14 +317,16 @@ py::object Plan::scan() {
         written_moved_ |= a.param_data != entry.last_param || a.momentum_data != entry.last_momentum;
         grads_moved_ |= a.grad_data != entry.last_grad;
         any_staged_ |= entry.staged();
-        void** columns = packer_.add_row(entry.length, table_group, entry.combination, entry.first_step);
+        void** columns = target->packer.add_row(entry.length, table_group, entry.combination, first_step);
         columns[0] = a.param_data;
         columns[1] = a.grad_data;
         columns[2] = a.momentum_data;
       }
     }
   }
-  return to_judge ? py::make_tuple("judge", to_judge) : py::object(py::none());
+  if (to_judge) return py::make_tuple("judge", to_judge);
+  if (scalars_needed) return py::make_tuple("scalars");
+  return py::none();
 }
 
 void Plan::admit(int64_t g, int64_t i, bool kernel, py::object new_buffer) {
@@ -302,6 +356,7 @@ void Plan::admit(int64_t g, int64_t i, bool kernel, py::object new_buffer) {
   const int combination = p && d && m ? find_combination(*p, *d, *m) : -1;
   TORCH_INTERNAL_ASSERT(combination >= 0, "admit() of an unsupported storage combination");
   e.combination = static_cast<uint8_t>(combination);
+  e.target = target_of(local_param->device());
   e.is_dtensor = local_param != &param;
   e.length = local_param->numel() * (local_param->is_complex() ? 2 : 1);
   const auto strides = walk_strides(*local_param);
@@ -313,6 +368,16 @@ void Plan::admit(int64_t g, int64_t i, bool kernel, py::object new_buffer) {
   if (e.momentum) e.momentum_print = prints_.get(*momentum);
   e.path = Path::Kernel;
   written_moved_ = true;
+}
+
+uint8_t Plan::target_of(c10::Device device) {
+  for (std::size_t i = 0; i < targets_.size(); ++i) {
+    if (targets_[i].device == device) return static_cast<uint8_t>(i);
+  }
+  TORCH_INTERNAL_ASSERT(targets_.size() < 256);
+  targets_.push_back(Target{device, {}, std::make_unique<cuda::Launcher>(device.index()), nullptr, {}, {}});
+  targets_.back().packer.start(kMaxColumns, kLog2ChunkBytes);
+  return static_cast<uint8_t>(targets_.size() - 1);
 }
 
 void Plan::watch(py::object state) {

@@ -9,6 +9,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../core/table.h"
+#include "../cuda/launch.h"
 #include "groups.h"
 #include "overlap.h"
 #include "tensors.h"
@@ -17,18 +18,24 @@ namespace fused_sgd {
 
 class Plan {
  public:
+  Plan();
+
   // One step over `param_groups` (list of dicts) and `state` (parameter -> dict of tensors; the one given to watch()).
-  // grad_scale is None or anything float() takes. Returns None when the step is done, or
+  // grad_scale is None or anything float() takes; found_inf is None or a tensor on a GPU. What stands on a GPU is read
+  // by its kernels. Returns None when the step is done, or
   //   ("elsewhere", [(group, index)…])   done, but for these parameters, which no kernel takes
   // or, with nothing written, what stands in its way:
   //   ("state",)                     `state` is not the dict given to watch()
+  //   ("scalars",)                   grad_scale and found_inf are on a GPU and must be known here: call step() again
+  //                                  with numbers
+  //   ("capture", group, index)      the first step with dampening cannot be captured
   //   ("mode",)                      a torch dispatch mode is active: no kernel may hide from it
   //   ("invalid", group, key)        a hyperparameter is NaN or no number
   //   ("judge", [(group, index)…])   these parameters must be judged: call admit() for each, then step() again
   //   ("too large", group, key, index)  a hyperparameter does not fit float32, which this parameter is computed in
   //   ("freed", group, index, role)  a tensor's storage is smaller than the tensor
   //   ("overlap", (group, index, role), (group, index, role))   written memory is shared
-  pybind11::object step(PyObject* param_groups, PyObject* state, PyObject* grad_scale);
+  pybind11::object step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
   // A judgement of one parameter that has a gradient: walked by the kernel for as long as its tensors stay as they are,
   // or left to Python for the step that follows at once.
@@ -66,6 +73,7 @@ class Plan {
     bool is_subclass = false;  // its gradient is whatever Python says
     bool stage_param = false, stage_grad = false, stage_momentum = false;
     uint8_t combination = 0;
+    uint8_t target = 0;  // index into targets_
     Ref new_buffer;      // to be put into the state
     uint32_t round = 0;  // in which it was left to Python
     Where where{};
@@ -77,6 +85,14 @@ class Plan {
     Ref dict;
     GroupReader reader;
     std::vector<Entry> entries;
+  };
+  // Where a table is walked: on the CPU, which is always the first, or on a GPU.
+  struct Target {
+    c10::Device device;
+    TablePacker packer;
+    std::unique_ptr<cuda::Launcher> launcher;  // null for the CPU
+    cuda::Stream stream = nullptr;             // the current one, while there is something to launch
+    at::Tensor grad_scale, found_inf;          // on this device
   };
   // One parameter that takes part in this step. Tensors are local ones; momentum may be null. Data pointers are null
   // for a tensor without elements, which has no row in the table.
@@ -99,10 +115,14 @@ class Plan {
   pybind11::object check_overlap();
   void stage();
   void install_new_buffers(PyObject* state);
+  void remove_new_buffers(PyObject* state);
+  void prepare_launches();
+  void launch();
   void walk();
   void commit();
 
   bool watches(PyObject* state) const;
+  uint8_t target_of(c10::Device device);
 
   std::vector<GroupEntry> groups_;
   // What a step replaced. It goes when the step is over: finalizers may run any Python code.
@@ -115,10 +135,12 @@ class Plan {
   std::vector<at::Tensor> copies_;  // what staged tensors are walked through
   WrittenMemory written_;
   FingerprintPool prints_;
-  TablePacker packer_;
+  std::vector<Target> targets_;
+  std::vector<Entry*> installed_;  // whose new buffers this step put into the state
   float grad_scale_ = 1;
   bool has_grad_scale_ = false;
-  bool written_moved_ = true;  // since the overlap check
+  at::Tensor gpu_grad_scale_, gpu_found_inf_;  // undefined unless they were given as tensors on a GPU
+  bool written_moved_ = true;                  // since the overlap check
   bool grads_moved_ = true;
   bool any_staged_ = false;
   bool any_new_buffer_ = false;

@@ -74,11 +74,11 @@ py::object Plan::check_overlap() {
 // Tensors in other strides than the walk's are walked through a copy: their rows' pointers become the copies'.
 void Plan::stage() {
   copies_.clear();
-  uint32_t row = 0;
+  std::vector<uint32_t> rows(targets_.size(), 0);
   for (const Active& a : active_) {
     const Entry& e = *a.entry;
     if (e.length == 0) continue;
-    void** columns = packer_.columns(row++);
+    void** columns = targets_[e.target].packer.columns(rows[e.target]++);
     if (!e.staged()) continue;
     const auto strides = walk_strides(*a.param);
     const auto through_copy = [&](bool needed, const at::Tensor* tensor, void*& data) {
@@ -95,39 +95,72 @@ void Plan::stage() {
 // New momentum buffers become visible, all of them or none. The outer dict is written behind State's back: what it
 // would report to this plan, this plan knows.
 void Plan::install_new_buffers(PyObject* state) {
-  std::vector<Entry*> installed;
-  installed.reserve(active_.size());
-  try {
-    for (const Active& a : active_) {
-      Entry& entry = *a.entry;
-      PyObject* buffer = entry.new_buffer.get();
-      if (!entry.first_step || buffer == nullptr) continue;
-      if (PyObject* inner = entry.state.get(); inner != nullptr) {
-        if (PyDict_SetItem(inner, momentum_key(), buffer) != 0) throw py::error_already_set();
-      } else {
-        const py::dict fresh;
-        if (PyDict_SetItem(fresh.ptr(), momentum_key(), buffer) != 0) throw py::error_already_set();
-        if (PyDict_SetItem(state, entry.param.get(), fresh.ptr()) != 0) throw py::error_already_set();
-        entry.state.set(fresh.ptr());
-      }
-      installed.push_back(&entry);
+  installed_.clear();
+  installed_.reserve(active_.size());
+  for (const Active& a : active_) {
+    Entry& entry = *a.entry;
+    PyObject* buffer = entry.new_buffer.get();
+    if (!entry.first_step || buffer == nullptr) continue;
+    if (PyObject* inner = entry.state.get(); inner != nullptr) {
+      if (PyDict_SetItem(inner, momentum_key(), buffer) != 0) throw py::error_already_set();
+    } else {
+      const py::dict fresh;
+      if (PyDict_SetItem(fresh.ptr(), momentum_key(), buffer) != 0) throw py::error_already_set();
+      if (PyDict_SetItem(state, entry.param.get(), fresh.ptr()) != 0) throw py::error_already_set();
+      entry.state.set(fresh.ptr());
     }
-  } catch (py::error_already_set&) {
-    for (Entry* entry : installed) {
-      if (PyDict_DelItem(entry->state.get(), momentum_key()) != 0) PyErr_Clear();
-      const bool empty = PyDict_GET_SIZE(entry->state.get()) == 0;
-      if (empty && PyDict_DelItem(state, entry->param.get()) != 0) PyErr_Clear();
-    }
-    forget_when_done_ = true;
-    throw;
+    installed_.push_back(&entry);
+  }
+}
+
+// After an error. (The one that is being handled stays as it is.)
+void Plan::remove_new_buffers(PyObject* state) {
+  if (!any_new_buffer_) return;
+  const py::error_scope keep;
+  for (Entry* entry : installed_) {
+    if (PyDict_DelItem(entry->state.get(), momentum_key()) != 0) PyErr_Clear();
+    const bool empty = PyDict_GET_SIZE(entry->state.get()) == 0;
+    if (empty && PyDict_DelItem(state, entry->param.get()) != 0) PyErr_Clear();
+  }
+  installed_.clear();
+  forget_when_done_ = true;
+}
+
+// Everything about the GPUs that can fail, before the first write.
+void Plan::prepare_launches() {
+  const at::NoGradGuard no_grad;
+  for (Target& target : targets_) {
+    if (target.launcher == nullptr || target.packer.row_count() == 0) continue;
+    target.stream = current_stream(target.device);
+    const auto scalar = [&](const at::Tensor& given) {
+      const bool as_it_is = !given.defined() || (given.device() == target.device && given.scalar_type() == at::kFloat);
+      return as_it_is ? given : given.to(target.device, at::kFloat, /*non_blocking=*/true);
+    };
+    target.grad_scale = scalar(gpu_grad_scale_);
+    target.found_inf = scalar(gpu_found_inf_);
+    target.launcher->prepare(target.packer, target.stream);
+  }
+}
+
+void Plan::launch() {
+  for (Target& target : targets_) {
+    if (target.launcher == nullptr || target.packer.row_count() == 0) continue;
+    cuda::Scalars scalars;
+    if (target.grad_scale.defined()) scalars.grad_scale = target.grad_scale.const_data_ptr<float>();
+    if (target.found_inf.defined()) scalars.found_inf = target.found_inf.const_data_ptr<float>();
+    scalars.grad_scale_value = grad_scale_;
+    scalars.has_grad_scale_value = has_grad_scale_;
+    target.launcher->launch(target.packer, scalars, target.stream);
+    target.grad_scale = target.found_inf = at::Tensor();
   }
 }
 
 void Plan::walk() {
-  const Table table = packer_.table(has_grad_scale_ ? &grad_scale_ : nullptr);
+  const TablePacker& packer = targets_[0].packer;
+  const Table table = packer.table(has_grad_scale_ ? &grad_scale_ : nullptr);
   const cpu::Walk walk = cpu::instruction_set().walk;
   const uint32_t chunks = table.chunk_count();
-  const int64_t work = packer_.elements() + kElementsARow * table.row_count;
+  const int64_t work = packer.elements() + kElementsARow * table.row_count;
   const int64_t threads = std::clamp<int64_t>(2 * work / kSerialElements, 1, at::get_num_threads());
   const auto share = [&](int64_t thread) { return static_cast<uint32_t>(chunks * thread / threads); };
   const auto run = [&] {

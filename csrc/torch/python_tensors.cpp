@@ -1,5 +1,6 @@
 #include "python_tensors.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -50,13 +51,18 @@ const at::Tensor* gradient_of(const at::Tensor& tensor) {
   return meta == nullptr ? nullptr : &static_cast<const torch::autograd::AutogradMeta*>(meta)->grad_;
 }
 
-// The tensor, if it has elements in CPU memory of its own; else null.
+// The tensor, if it has elements in memory of its own, of the CPU or a GPU; else null.
 const at::Tensor* memory_of(const at::Tensor* tensor) {
   const bool has = tensor != nullptr && tensor->defined() && !tensor->unsafeGetTensorImpl()->is_python_dispatch() &&
-                   tensor->layout() == at::kStrided && tensor->device().is_cpu() && tensor->has_storage() &&
-                   !tensor->unsafeGetTensorImpl()->is_nested() && tensor->numel() > 0 &&
+                   tensor->layout() == at::kStrided && (tensor->is_cpu() || tensor->is_cuda()) &&
+                   tensor->has_storage() && !tensor->unsafeGetTensorImpl()->is_nested() && tensor->numel() > 0 &&
                    static_cast<int64_t>(tensor->storage().nbytes()) >= extent(*tensor);
   return has ? tensor : nullptr;
+}
+
+// By way of c10's guards, which every torch has, so that no CUDA header of torch's is needed.
+void* current_stream(c10::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
 const char* role_name(Role role) {

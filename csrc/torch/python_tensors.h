@@ -17,8 +17,11 @@ const at::Tensor* local_tensor(PyObject* object);
 // non-leaves.)
 const at::Tensor* gradient_of(const at::Tensor& tensor);
 
-// The tensor, if it has elements in CPU memory of its own; else null.
+// The tensor, if it has elements in memory of its own, of the CPU or a GPU; else null.
 const at::Tensor* memory_of(const at::Tensor* tensor);
+
+// The current stream of a GPU, as a handle.
+void* current_stream(c10::Device device);
 
 const char* role_name(Role role);
 

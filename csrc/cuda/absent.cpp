@@ -1,0 +1,28 @@
+// A build without CUDA kernels.
+#include <stdexcept>
+
+#include "launch.h"
+
+namespace fused_sgd::cuda {
+namespace {
+
+[[noreturn]] void refuse() { throw std::logic_error("this build has no CUDA kernels"); }
+
+}  // namespace
+
+class Launcher::Memory {};
+struct Launcher::Captured {};
+
+Launcher::Launcher(int device) : device_(device) { refuse(); }
+Launcher::~Launcher() = default;
+void Launcher::write_outside_capture(Memory&, const TablePacker&) {}
+void Launcher::prepare(TablePacker&, Stream) { refuse(); }
+void Launcher::launch(const TablePacker&, const Scalars&, Stream) { refuse(); }
+
+std::string architectures() { return ""; }
+std::string obstacle(int) { return "fused_sgd was built without CUDA kernels"; }
+bool is_capturing(Stream) { return false; }
+int relax_capture_mode() { return 0; }
+void restore_capture_mode(int) {}
+
+}  // namespace fused_sgd::cuda

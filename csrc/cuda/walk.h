@@ -1,0 +1,128 @@
+// What one thread of the grid does. A block walks one chunk of the table; its threads take packs of 16 bytes in turn.
+//
+// Nothing here is special to a GPU: tests/native/test_grid.cpp runs every thread of every block on the host, under
+// sanitizers, and compares with the CPU walk to the bit.
+#pragma once
+
+#include "../core/table.h"
+
+namespace fused_sgd::cuda {
+
+inline constexpr uint32_t kThreads = 256;   // of a block
+inline constexpr int kAnyCombination = -1;  // the rows of a table differ
+inline constexpr int kBytesInFlight = 96;   // a thread loads at most so many before its first store
+
+constexpr int smallest(int a, int b) { return a < b ? a : b; }
+
+// The part of one tensor that one thread walks.
+template <class P, class G, class M>
+class ThreadWalk {
+  static_assert(P::kBlock == 1 && G::kBlock == 1 && M::kBlock == 1, "blocks of elements need a reduction in between");
+  using Acc = typename P::Acc;
+  // Elements a pack: 16 bytes of the narrowest column, and as many elements of the others.
+  static constexpr int kPack = 16 / smallest(P::kBytes, smallest(G::kBytes, M::kBytes));
+  static constexpr int kPackBytes = kPack * (P::kBytes + G::kBytes + M::kBytes);
+  static constexpr int kUnroll = kPackBytes * 2 <= kBytesInFlight ? 2 : 1;
+
+ public:
+  FSGD_INLINE ThreadWalk(void* const* columns, const Hyperparameters<Acc>& hyperparameters)
+      : param_(columns),
+        grad_(columns + P::kColumns),
+        momentum_(columns + P::kColumns + G::kColumns),
+        h_(hyperparameters) {}
+
+  // Chunk number `chunk` of this tensor. Heads are peeled per tensor: its first chunk is longer by the elements before
+  // the first 16-byte boundary, and all others begin on one.
+  FSGD_INLINE void chunk(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
+    const int64_t head = elements_before_packs();
+    const int64_t begin = clamp(chunk == 0 ? 0 : head + chunk * chunk_elements, length);
+    const int64_t first_pack = clamp(head + chunk * chunk_elements, length);
+    const int64_t end = clamp(first_pack + chunk_elements, length);
+    const auto packs = static_cast<uint32_t>((end - first_pack) / kPack);
+    const int64_t tail = first_pack + int64_t{packs} * kPack;
+    if (begin + thread < first_pack) element(begin + thread);  // both are shorter than a pack, and so than a block
+    if (tail + thread < end) element(tail + thread);
+    // A column that is not aligned where the packs begin is accessed element by element.
+    const bool wide_param = param_.aligned(head), wide_grad = grad_.aligned(head),
+               wide_momentum = momentum_.aligned(head);
+    for (uint32_t j = thread; j < packs; j += kThreads * kUnroll) {
+      // All loads come before the first store. What they bring stays packed until its turn comes, to save registers.
+      typename P::template Packed<kPack> packed_p[kUnroll];
+      typename G::template Packed<kPack> packed_g[kUnroll];
+      typename M::template Packed<kPack> packed_b[kUnroll];
+      FSGD_UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        if (j + u * kThreads >= packs) continue;
+        const int64_t i = first_pack + int64_t{j + u * kThreads} * kPack;
+        packed_p[u] = param_.template load_pack<kPack>(i, wide_param);
+        packed_g[u] = grad_.template load_pack<kPack>(i, wide_grad);
+        if (h_.has_momentum) packed_b[u] = momentum_.template load_pack<kPack>(i, wide_momentum);
+      }
+      FSGD_UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        if (j + u * kThreads >= packs) continue;
+        const int64_t i = first_pack + int64_t{j + u * kThreads} * kPack;
+        Acc p[kPack], b[kPack];
+        typename G::Acc g[kPack];
+        P::unpack(packed_p[u], p);
+        G::unpack(packed_g[u], g);
+        if (h_.has_momentum) M::unpack(packed_b[u], b);
+        FSGD_UNROLL
+        for (int k = 0; k < kPack; ++k) update(h_, static_cast<Acc>(g[k]), p[k], b[k]);
+        param_.store_pack(i, wide_param, p);
+        if (h_.has_momentum) momentum_.store_pack(i, wide_momentum, b);
+      }
+    }
+  }
+
+ private:
+  FSGD_INLINE static int64_t clamp(int64_t i, int64_t length) { return i < length ? i : length; }
+
+  // The narrowest column decides: where all columns can be aligned at once, only its head does it.
+  FSGD_INLINE int64_t elements_before_packs() const {
+    if constexpr (P::kBytes * kPack == 16) {
+      return param_.until_aligned();
+    } else if constexpr (G::kBytes * kPack == 16) {
+      return grad_.until_aligned();
+    } else {
+      return momentum_.until_aligned();
+    }
+  }
+
+  FSGD_INLINE void element(int64_t i) const {
+    Acc p = param_.load(i);
+    Acc b = h_.has_momentum ? momentum_.load(i) : Acc(0);
+    update(h_, static_cast<Acc>(grad_.load(i)), p, b);
+    param_.store(i, p);
+    if (h_.has_momentum) momentum_.store(i, b);
+  }
+
+  P param_;
+  G grad_;
+  M momentum_;
+  Hyperparameters<Acc> h_;
+};
+
+template <class P, class G, class M>
+FSGD_INLINE void walk_row(const Table& table, const Row& row, uint32_t chunk, uint32_t thread) {
+  const Hyperparameters<typename P::Acc> h(table.groups[row.group()], table.grad_scale, row.first_step());
+  ThreadWalk<P, G, M>(row.columns(), h).chunk(chunk, table.chunk_elements(P::kBytes), row.length, thread);
+}
+
+// One thread of one block. kCombination: the line of FSGD_COMBINATIONS that all rows have, or kAnyCombination.
+template <int kCombination>
+FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread) {
+  if (table.found_inf != nullptr && *table.found_inf != 0) return;
+  const uint32_t i = table.find_row(block);
+  const Row& row = table.row(i);
+  const uint32_t chunk = block - table.chunk_begin(i);
+  const int line = kCombination == kAnyCombination ? static_cast<int>(row.combination()) : kCombination;
+#define FSGD_WALK_ROW(P, G, M)                                                             \
+  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) { \
+    if (line == Line_##P##_##G##_##M) return walk_row<P, G, M>(table, row, chunk, thread); \
+  }
+  FSGD_COMBINATIONS(FSGD_WALK_ROW)
+#undef FSGD_WALK_ROW
+}
+
+}  // namespace fused_sgd::cuda
