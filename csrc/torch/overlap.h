@@ -9,7 +9,7 @@
 
 namespace fused_sgd {
 
-enum class Role : uint8_t { Parameter, Gradient, Momentum };
+enum class Role : uint8_t { Parameter, Gradient, State };
 
 // A parameter's place in the optimizer.
 struct Where {
