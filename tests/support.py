@@ -11,14 +11,21 @@ from torch import Tensor
 Params = list[Tensor]
 
 
+def seeded(shape: Sequence[int], seed: int | torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normally distributed values, the same on every device."""
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    return torch.randn(shape, dtype=dtype, generator=generator, device="cpu").to(torch.get_default_device())
+
+
 def make_params(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, seed: int = 0) -> Params:
+    """Parameters on the default device, which the fixture `device` sets."""
     generator = torch.Generator().manual_seed(seed)
     real = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
     params = []
     for shape in shapes:
-        values = torch.randn(shape, dtype=real, generator=generator)
+        values = seeded(shape, generator, real)
         if dtype.is_complex:
-            values = torch.complex(values, torch.randn(shape, dtype=real, generator=generator))
+            values = torch.complex(values, seeded(shape, generator, real))
         params.append(values.to(dtype).requires_grad_())
     return params
 
@@ -35,11 +42,11 @@ def set_grads(*param_lists: Sequence[Tensor], seed: int) -> None:
         first = params[0]
         real = first.dtype.to_real() if first.dtype.is_complex else first.dtype
         wide = torch.float64 if real == torch.float64 else torch.float32
-        grad = torch.randn(first.shape, dtype=wide, generator=generator)
+        grad = seeded(first.shape, generator, wide)
         if first.dtype.is_complex:
-            grad = torch.complex(grad, torch.randn(first.shape, dtype=wide, generator=generator))
+            grad = torch.complex(grad, seeded(first.shape, generator, wide))
         for p in params:
-            p.grad = grad.to(p.dtype).clone()
+            p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
 def bits(tensor: Tensor) -> Tensor:
