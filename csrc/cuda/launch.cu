@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <vector>
 
@@ -226,27 +227,22 @@ void Launcher::launch(const TablePacker& packer, const Scalars& scalars, Stream 
 std::string architectures() { return FSGD_CUDA_ARCHITECTURES; }
 
 std::string obstacle(int device) {
-  static std::vector<std::string> known;  // by device; the GIL guards it
-  if (static_cast<std::size_t>(device) < known.size()) return known[device];
+  static std::map<int, std::string> known;  // the GIL guards it
+  if (const auto found = known.find(device); found != known.end()) return found->second;
   try {
-    for (int i = static_cast<int>(known.size()); i <= device; ++i) {
-      const OnDevice on(i);
-      cudaFuncAttributes attributes;
-      const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_for<0>(kAnyCombination));
-      std::string reason;
-      if (error != cudaSuccess) {
-        (void)cudaGetLastError();
-        reason = "cuda:" + std::to_string(i) + " has compute capability " +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, i)) + "." +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, i)) + ", the kernels were built for " +
-                 architectures() + " (" + cudaGetErrorName(error) + ")";
-      }
-      known.push_back(reason);
-    }
-  } catch (const std::runtime_error& error) {  // no driver, no such device
+    // Of this device and no other: asking starts a context, which takes half a gigabyte there.
+    const OnDevice on(device);
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_for<0>(kAnyCombination));
+    if (error == cudaSuccess) return known[device] = "";
+    (void)cudaGetLastError();
+    return known[device] = "cuda:" + std::to_string(device) + " has compute capability " +
+                           std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
+                           std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device)) +
+                           ", the kernels were built for " + architectures() + " (" + cudaGetErrorName(error) + ")";
+  } catch (const std::runtime_error& error) {  // no driver, no such device; not remembered
     return error.what();
   }
-  return known[device];
 }
 
 bool is_capturing(Stream stream) {
