@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -83,6 +84,10 @@ int attribute(cudaDeviceAttr which, int device) {
 
 }  // namespace
 
+// Of memory that is not pinned, larger copies may wait for the stream (CUDA programming guide, "Concurrent Execution
+// between Host and Device"). Pinned memory would have to stay until the copy is done, which the host cannot know.
+constexpr std::size_t kMaxAsyncCopy = 64 * 1024;
+
 // A table in device memory, and what it holds.
 class Launcher::Memory {
  public:
@@ -116,8 +121,12 @@ class Launcher::Memory {
     std::vector<std::byte> content(packed_bytes(packer));
     pack(packer, content.data());
     content_.clear();  // if this fails, nobody knows what the device holds
-    check(cudaMemcpyAsync(data_, content.data(), content.size(), cudaMemcpyHostToDevice, stream), device_,
-          "writing the table");
+    for (std::size_t begin = 0; begin < content.size(); begin += kMaxAsyncCopy) {
+      const std::size_t bytes = std::min(kMaxAsyncCopy, content.size() - begin);
+      check(cudaMemcpyAsync(static_cast<std::byte*>(data_) + begin, content.data() + begin, bytes,
+                            cudaMemcpyHostToDevice, stream),
+            device_, "writing the table");
+    }
     content_ = std::move(content);
   }
 
