@@ -153,7 +153,7 @@ class Launcher::Memory {
 // Tables whose addresses CUDA graphs may have kept.
 struct Launcher::Captured {
   std::vector<std::unique_ptr<Memory>> tables;
-  const Memory* prepared = nullptr;  // for the launch that comes next, if that is captured
+  const Memory* prepared = nullptr;  // for the launch that comes next; null if that is not captured
 };
 
 // A copy that was captured would be repeated by each replay, from host memory that is long gone.
@@ -182,14 +182,14 @@ Launcher::~Launcher() = default;
 void Launcher::prepare(TablePacker& packer, Stream stream) {
   packer.rechunk(choose_log2_chunk_bytes(packer.parameter_bytes(), blocks_at_once_));
   const std::size_t bytes = packed_bytes(packer);
+  captured_->prepared = nullptr;
   if (bytes <= kLargeCapacity) return;
-  const OnDevice on(device_);
   if (is_capturing(stream)) {
-    captured_->prepared = nullptr;
     for (const auto& table : captured_->tables) {
       if (table->holds(packer)) captured_->prepared = table.get();
     }
     if (captured_->prepared != nullptr) return;
+    const OnDevice on(device_);
     auto table = std::make_unique<Memory>(bytes, device_);
     write_outside_capture(*table, packer);
     captured_->prepared = table.get();
@@ -197,6 +197,7 @@ void Launcher::prepare(TablePacker& packer, Stream stream) {
     return;
   }
   if (memory_ != nullptr && memory_->holds(packer)) return;
+  const OnDevice on(device_);
   if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = std::make_unique<Memory>(2 * bytes, device_);
   const auto current = static_cast<cudaStream_t>(stream);
   memory_->use(current, [&] { memory_->write(packer, current); });
@@ -229,7 +230,7 @@ void Launcher::launch(const TablePacker& packer, const Scalars& scalars, Stream 
     const Arguments<0> arguments{make_head(packer, scalars, memory.data()), {}};
     go(kernel_for<0>(combination), &arguments);
   };
-  if (is_capturing(stream_handle)) return walk(*captured_->prepared);  // written and waited for already
+  if (captured_->prepared != nullptr) return walk(*captured_->prepared);  // written and waited for already
   memory_->use(stream, [&] { walk(*memory_); });
 }
 
