@@ -384,12 +384,30 @@ def _outside_capture(device: torch.device) -> Iterator[None]:
     assert C is not None
     mode = C.relax_capture_mode()
     try:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = _stream_outside_capture(device)
         with torch.cuda.stream(stream):
             yield
         stream.synchronize()
     finally:
         C.restore_capture_mode(mode)
+
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _stream_outside_capture(device: torch.device) -> torch.cuda.Stream:
+    """A stream that is not captured; the same one each time, since its memory is of use to no other stream.
+
+    torch hands out 32 streams a device in turn, and the one that is captured may be among them.
+    """
+    for _ in range(64):
+        stream = _side_streams.get(device)
+        if stream is not None:
+            with torch.cuda.stream(stream):
+                if not torch.cuda.is_current_stream_capturing():
+                    return stream
+        _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    raise RuntimeError(f"every stream of {device} is being captured")
 
 
 def _on_gpu(value: Any) -> bool:
