@@ -111,6 +111,8 @@ class Check:
         words = [str(word) for word in command]
         env = {**environ(), **(environment or {})}
         self.say(f"$ {' '.join(words)}")
+        if shutil.which(words[0], path=env["PATH"]) is None:
+            raise StageError(f"{words[0]} is missing")
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.STDOUT, cwd=cwd, env=env, start_new_session=True
@@ -366,7 +368,8 @@ def count(report: Path) -> dict[str, Any]:
             counts["skipped"] += 1
         else:
             counts["passed"] += 1
-            counts["on_cuda"] += bool(re.search(r"\bcuda\b", name))  # tests.cuda…::…, or …[cuda-…]
+            parameters = name.partition("[")[2].rstrip("]").split("-")  # of a test in tests/cuda, or …[cuda-…]
+            counts["on_cuda"] += name.startswith("tests.cuda.") or "cuda" in parameters
     return counts
 
 

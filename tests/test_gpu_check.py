@@ -59,6 +59,7 @@ def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
         ("tests.test_equality::test_b[cpu-avx2-True]", False),
         ("tests.test_build::test_cuda_kernels_compile", False),
     ],
+    ids=["folder", "first", "last", "cpu", "name"],
 )
 def test_counting_tests_on_a_gpu(tmp_path: Path, name: str, on_cuda: bool) -> None:
     from gpu_check import count
