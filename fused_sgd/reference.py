@@ -220,7 +220,8 @@ def global_norm(grads: Iterable[Tensor], grad_scale: float | Tensor | None = Non
         norms.append(_whole(torch.linalg.vector_norm(_as_real(g), dtype=torch.float64)))
     if not norms:
         return torch.zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return norm
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
