@@ -4,6 +4,7 @@
 #   make test                the whole test suite
 #   make test-integrations   the same on torch $(TORCH_INTEGRATIONS), and tests with timm and torchvision
 #   make bench               benchmarks/step.py; QUICK=1 takes a minute
+#   make gpu-check           what only an NVIDIA GPU can show: builds, tests, sanitizers, benchmark (tests/gpu_check.py)
 #   make lint                ruff, mypy and clang-format, as CI runs them
 #   make format              rewrites the sources as `make lint` wants them
 #   make clean               removes environments and builds
@@ -24,7 +25,7 @@ PACKAGE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard
            $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu)
 CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu) $(wildcard tests/native/*) $(wildcard benchmarks/*.cpp)
 
-.PHONY: demo test test-integrations bench lint format clean
+.PHONY: demo test test-integrations bench gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -39,6 +40,10 @@ test-integrations: $(VENV_INTEGRATIONS)/installed
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/step.py $(if $(QUICK),--quick)
+
+# With the machine's own Python and torch: no environment is made, nothing is installed.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py --stages=$(STAGES) --out=$(or $(OUT),runs/gpu-check)
 
 lint: $(VENV)/installed $(VENV)/lint
 	$(VENV)/bin/ruff check .

@@ -20,9 +20,9 @@ FSGD_INLINE double read(double stored, Source source) {
 
 // LARS and its variants, as flags of a group; without kLars the others mean nothing.
 enum Lars : uint8_t {
-  kLars = 1,              // the gradient is multiplied by the tensor's trust ratio
-  kTrustClipped = 2,      // which is at most lr
-  kAdaptAlways = 4,       // also where there is no weight decay
+  kLars = 1,               // the gradient is multiplied by the tensor's trust ratio
+  kTrustClipped = 2,       // which is at most lr
+  kAdaptAlways = 4,        // also where there is no weight decay
   kLrThroughMomentum = 8,  // and by the learning rate, which then goes through the momentum buffer
 };
 
@@ -60,12 +60,12 @@ static_assert(sizeof(Group) == 64);
 // What is the same for all tensors of a step and only the step knows. Pointers are null for what there is none of, and
 // are the device's where the walk is a GPU's.
 struct Scalars {
-  const float* grad_scale = nullptr;   // gradients are divided by it
-  const float* found_inf = nullptr;    // unless it is 0, the step is skipped
-  const double* totals = nullptr;      // of the gradients of the whole step: sum of squares, and how often non-finite
+  const float* grad_scale = nullptr;    // gradients are divided by it
+  const float* found_inf = nullptr;     // unless it is 0, the step is skipped
+  const double* totals = nullptr;       // of the gradients of the whole step: sum of squares, and how often non-finite
   const double* row_squares = nullptr;  // sums of squares of each row's parameter and gradient, for LARS
-  double max_grad_norm = 0;            // 0: gradients are not clipped
-  int64_t* skipped_steps = nullptr;  // counts them, on a GPU; a CPU's step is skipped before it begins
+  double max_grad_norm = 0;             // 0: gradients are not clipped
+  int64_t* skipped_steps = nullptr;     // counts them, on a GPU; a CPU's step is skipped before it begins
   uint32_t skip_nonfinite = 0;
   uint32_t unused = 0;
 };

@@ -9,14 +9,14 @@ namespace fused_sgd::cpu {
 // Defined by walk.cpp, once per instruction set.
 void walk_portable(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
 bool measure_portable(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
-                  double* param_squares);
+                      double* param_squares);
 #if defined(FSGD_X86)
 void walk_avx2(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
 bool measure_avx2(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
                   double* param_squares);
 void walk_avx512(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
 bool measure_avx512(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
-                  double* param_squares);
+                    double* param_squares);
 #endif
 
 namespace {
@@ -57,7 +57,8 @@ const std::vector<InstructionSet>& instruction_sets() {
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("fma");
        }},
-      {"avx2", walk_avx2, measure_avx2, true, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+      {"avx2", walk_avx2, measure_avx2, true,
+       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
 #if defined(__FMA__) || defined(__aarch64__)
       {"portable", walk_portable, measure_portable, true, [] { return true; }},

@@ -9,9 +9,9 @@
 namespace fused_sgd::cpu {
 namespace {
 
-// What a loop does beside the step, known when it is compiled. kMomentum and kEma decide which memory is touched; kUsual
-// keeps a division, three factors and two selects out of the usual loop, which matters where conversions to 16 bits keep
-// the processor busy.
+// What a loop does beside the step, known when it is compiled. kMomentum and kEma decide which memory is touched;
+// kUsual keeps a division, three factors and two selects out of the usual loop, which matters where conversions to 16
+// bits keep the processor busy.
 template <bool kHasMomentum, bool kHasEma, bool kIsUsual>
 struct Kind {
   static constexpr bool kMomentum = kHasMomentum, kEma = kHasEma, kUsual = kIsUsual;

@@ -1,6 +1,8 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -39,7 +41,8 @@ struct Phase {
 };
 
 template <int kCombination, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, kCombination == kAnyCombination ? 2 : 4) void measure_gradients(const __grid_constant__ Arguments<kCapacity> arguments) {
+__global__ __launch_bounds__(kThreads, kCombination == kAnyCombination ? 2 : 4) void measure_gradients(
+    const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
   __shared__ bool is_last;
   const Table table = arguments.table();
@@ -140,6 +143,10 @@ int attribute(cudaDeviceAttr which, int device) {
 
 }  // namespace
 
+// Of memory that is not pinned, larger copies may wait for the stream (CUDA programming guide, "Concurrent Execution
+// between Host and Device"). Pinned memory would have to stay until the copy is done, which the host cannot know.
+constexpr std::size_t kMaxAsyncCopy = 64 * 1024;
+
 // A table in device memory, and what it holds.
 class Launcher::Memory {
  public:
@@ -173,8 +180,12 @@ class Launcher::Memory {
     std::vector<std::byte> content(packed_bytes(packer));
     pack(packer, content.data());
     content_.clear();  // if this fails, nobody knows what the device holds
-    check(cudaMemcpyAsync(data_, content.data(), content.size(), cudaMemcpyHostToDevice, stream), device_,
-          "writing the table");
+    for (std::size_t begin = 0; begin < content.size(); begin += kMaxAsyncCopy) {
+      const std::size_t bytes = std::min(kMaxAsyncCopy, content.size() - begin);
+      check(cudaMemcpyAsync(static_cast<std::byte*>(data_) + begin, content.data() + begin, bytes,
+                            cudaMemcpyHostToDevice, stream),
+            device_, "writing the table");
+    }
     content_ = std::move(content);
   }
 
@@ -201,7 +212,7 @@ class Launcher::Memory {
 // Tables whose addresses CUDA graphs may have kept.
 struct Launcher::Captured {
   std::vector<std::unique_ptr<Memory>> tables;
-  const Memory* prepared = nullptr;  // for the launch that comes next, if that is captured
+  const Memory* prepared = nullptr;  // for the launch that comes next; null if that is not captured
 };
 
 Launcher::Launcher(int device)
@@ -216,14 +227,14 @@ void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
   packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks_at_once_));
   if (norms != Norms::None) make_room(packer, norms);
   const std::size_t bytes = packed_bytes(packer);
+  captured_->prepared = nullptr;
   if (bytes <= kLargeCapacity) return;
-  const OnDevice on(device_);
   if (is_capturing(stream)) {
-    captured_->prepared = nullptr;
     for (const auto& table : captured_->tables) {
       if (table->holds(packer)) captured_->prepared = table.get();
     }
     if (captured_->prepared != nullptr) return;
+    const OnDevice on(device_);
     auto table = std::make_unique<Memory>(bytes, device_);
     outside_capture(device_, "writing the table", [&](cudaStream_t own) { table->write(packer, own); });
     captured_->prepared = table.get();
@@ -231,6 +242,7 @@ void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
     return;
   }
   if (memory_ != nullptr && memory_->holds(packer)) return;
+  const OnDevice on(device_);
   if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = std::make_unique<Memory>(2 * bytes, device_);
   const auto current = static_cast<cudaStream_t>(stream);
   memory_->use(current, [&] { memory_->write(packer, current); });
@@ -307,34 +319,29 @@ void Launcher::run(Pass pass, const TablePacker& packer, const Scalars& scalars,
     Arguments<0> arguments{make_head(packer, scalars, grad_scale, sums_, memory.data()), {}};
     go(arguments);
   };
-  if (is_capturing(stream_handle)) return walk(*captured_->prepared);  // written and waited for already
+  if (captured_->prepared != nullptr) return walk(*captured_->prepared);  // written and waited for already
   memory_->use(stream, [&] { walk(*memory_); });
 }
 
 std::string architectures() { return FSGD_CUDA_ARCHITECTURES; }
 
 std::string obstacle(int device) {
-  static std::vector<std::string> known;  // by device; the GIL guards it
-  if (static_cast<std::size_t>(device) < known.size()) return known[device];
+  static std::map<int, std::string> known;  // the GIL guards it
+  if (const auto found = known.find(device); found != known.end()) return found->second;
   try {
-    for (int i = static_cast<int>(known.size()); i <= device; ++i) {
-      const OnDevice on(i);
-      cudaFuncAttributes attributes;
-      const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAnyCombination));
-      std::string reason;
-      if (error != cudaSuccess) {
-        (void)cudaGetLastError();
-        reason = "cuda:" + std::to_string(i) + " has compute capability " +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, i)) + "." +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, i)) + ", the kernels were built for " +
-                 architectures() + " (" + cudaGetErrorName(error) + ")";
-      }
-      known.push_back(reason);
-    }
-  } catch (const std::runtime_error& error) {  // no driver, no such device
+    // Of this device and no other: asking starts a context, which takes half a gigabyte there.
+    const OnDevice on(device);
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAnyCombination));
+    if (error == cudaSuccess) return known[device] = "";
+    (void)cudaGetLastError();
+    return known[device] = "cuda:" + std::to_string(device) + " has compute capability " +
+                           std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
+                           std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device)) +
+                           ", the kernels were built for " + architectures() + " (" + cudaGetErrorName(error) + ")";
+  } catch (const std::runtime_error& error) {  // no driver, no such device; not remembered
     return error.what();
   }
-  return known[device];
 }
 
 bool is_capturing(Stream stream) {

@@ -2,8 +2,8 @@
 // and whether a gradient is not finite. A block takes one chunk of the table, tile by tile; the last block to finish
 // adds up.
 //
-// The threads of a block work in phases with a barrier after each. `Each` runs a phase: on a GPU for the calling thread,
-// with __syncthreads() behind it; in tests/native/test_grid.cpp for one thread after the other.
+// The threads of a block work in phases with a barrier after each. `Each` runs a phase: on a GPU for the calling
+// thread, with __syncthreads() behind it; in tests/native/test_grid.cpp for one thread after the other.
 #pragma once
 
 #include "arguments.h"
@@ -138,8 +138,8 @@ FSGD_INLINE void measure_block(const Table& table, const Sums& sums, uint32_t bl
   const uint32_t i = table.find_row(block);
   const int64_t chunk = block - table.chunk_begin(i);
   const int line = kCombination == kAnyCombination ? static_cast<int>(table.row(i).combination()) : kCombination;
-#define FSGD_MEASURE_ROW(P, G, M)                                                                  \
-  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) {         \
+#define FSGD_MEASURE_ROW(P, G, M)                                                                      \
+  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) {             \
     if (line == Line_##P##_##G##_##M) return measure_chunk<P, G>(table, sums, i, chunk, memory, each); \
   }
   FSGD_COMBINATIONS(FSGD_MEASURE_ROW)

@@ -133,12 +133,12 @@ FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread
   const Row& row = table.row(i);
   const uint32_t chunk = block - table.chunk_begin(i);
   const int line = kCombination == kAnyCombination ? static_cast<int>(row.combination()) : kCombination;
-#define FSGD_WALK_ROW(P, G, M)                                                                                  \
-  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) {                      \
-    if (line == Line_##P##_##G##_##M) {                                                                         \
-      const Hyperparameters<P::Acc> h(table.groups[row.group()], table.scalars, i);                             \
+#define FSGD_WALK_ROW(P, G, M)                                                                                     \
+  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) {                         \
+    if (line == Line_##P##_##G##_##M) {                                                                            \
+      const Hyperparameters<P::Acc> h(table.groups[row.group()], table.scalars, i);                                \
       return ThreadWalk<P, G, M, kEma>(row.columns(), h).chunk(chunk, table.chunk_elements(), row.length, thread); \
-    }                                                                                                           \
+    }                                                                                                              \
   }
   FSGD_COMBINATIONS(FSGD_WALK_ROW)
 #undef FSGD_WALK_ROW

@@ -11,10 +11,24 @@ namespace py = pybind11;
 
 namespace fused_sgd {
 
-const std::array<const char*, kKeyCount> kKeyNames = {
-    "lr",         "momentum",      "dampening",      "weight_decay",  "nesterov",   "maximize",
-    "decoupled_weight_decay", "max_grad_norm", "skip_nonfinite", "ema_decay", "fused", "foreach",
-    "differentiable", "trust_coeff", "eps", "trust_clip", "always_adapt", "lr_in_momentum"};
+const std::array<const char*, kKeyCount> kKeyNames = {"lr",
+                                                      "momentum",
+                                                      "dampening",
+                                                      "weight_decay",
+                                                      "nesterov",
+                                                      "maximize",
+                                                      "decoupled_weight_decay",
+                                                      "max_grad_norm",
+                                                      "skip_nonfinite",
+                                                      "ema_decay",
+                                                      "fused",
+                                                      "foreach",
+                                                      "differentiable",
+                                                      "trust_coeff",
+                                                      "eps",
+                                                      "trust_clip",
+                                                      "always_adapt",
+                                                      "lr_in_momentum"};
 
 PyObject* interned(const char* text) {
   PyObject* string = PyUnicode_InternFromString(text);

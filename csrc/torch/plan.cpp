@@ -74,6 +74,7 @@ py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_sc
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::make_tuple("mode");
   gpu_grad_scale_ = on_gpu(grad_scale);
   gpu_found_inf_ = on_gpu(found_inf);
+  found_inf_known_ = found_inf != Py_None;
   has_grad_scale_ = grad_scale != Py_None && !gpu_grad_scale_.defined();
   grad_scale_ = has_grad_scale_ ? static_cast<float>(as_double(grad_scale)) : 1;
   const bool was_steady = std::exchange(steady_, false);
@@ -81,23 +82,31 @@ py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_sc
   if (!(was_steady && is_steady())) {
     if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
   }
-  return run(param_groups, state, reduce, elsewhere);
+  return run(state, reduce, elsewhere);
 }
 
 // From a table to changed memory.
-py::object Plan::run(PyObject* param_groups, PyObject* state, PyObject* reduce, PyObject* elsewhere) {
-  (void)param_groups;
+py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
   if (written_moved_ || grads_moved_ || !elsewhere_.empty()) {
     if (py::object obstacle = check_overlap(); !obstacle.is_none()) return obstacle;
   }
   const bool on_gpu = any_on_gpu();
   // Not everything is stepped where the GPUs are, so what they alone know must be known here.
   const bool host_decides = targets_[0].packer.row_count() != 0 || !elsewhere_.empty();
-  if (host_decides && (gpu_grad_scale_.defined() || gpu_found_inf_.defined())) return py::make_tuple("scalars");
+  // What was left to Python stays so for the call that follows at once.
+  const auto call_again = [&](py::tuple what) {
+    for (const Where& where : elsewhere_) groups_[where.group].entries[where.index].round = round_ + 1;
+    return what;
+  };
+  if (host_decides && (gpu_grad_scale_.defined() || gpu_found_inf_.defined())) {
+    return call_again(py::make_tuple("scalars"));
+  }
   norms_ = norms_needed();
   totals_known_ = false;
   const bool global = norms_ != cuda::Norms::None && !(norms_are_local() && reduce == Py_None && !on_gpu);
-  if (global && !elsewhere_.empty() && elsewhere == Py_None) return py::make_tuple("norms", places(elsewhere_));
+  if (global && !elsewhere_.empty() && elsewhere == Py_None) {
+    return call_again(py::make_tuple("norms", places(elsewhere_)));
+  }
   Scalars& scalars = targets_[0].scalars;
   scalars = Scalars{};
   if (has_grad_scale_) scalars.grad_scale = &grad_scale_;
@@ -111,6 +120,11 @@ py::object Plan::run(PyObject* param_groups, PyObject* state, PyObject* reduce, 
       if (host_decides || !on_gpu) measure_on_cpu(0, targets_[0].packer.row_count());
       if (on_gpu) measure_on_gpus();
       combine(reduce, elsewhere);
+      if (reduce != Py_None) {  // which ran Python code, and so perhaps other threads: all is looked at once more
+        if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+        if (any_staged_) stage();
+        if (on_gpu) prepare_launches();
+      }
       if (skip_nonfinite_ && host_decides && nonfinite_was_found()) {
         remove_new_states(state);
         return py::make_tuple("skipped");
@@ -123,11 +137,11 @@ py::object Plan::run(PyObject* param_groups, PyObject* state, PyObject* reduce, 
       if (py::object obstacle = settle(state); !obstacle.is_none()) return obstacle;
       if (any_staged_) stage();
     }
+    if (on_gpu) launch();
   } catch (...) {
     remove_new_states(state);
     throw;
   }
-  if (on_gpu) launch();
   walk();
   commit();
   if (elsewhere_.empty()) return py::none();
@@ -177,8 +191,8 @@ void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, p
   Active found(&e);
   for (int k = 0; k < e.state_count; ++k) {
     const auto key = keys[k].cast<py::tuple>();
-    e.states[k] = StateTensor{interned(key[0].cast<std::string>().c_str()), nullptr, nullptr, nullptr,
-                              key[1].cast<uint8_t>(), false};
+    e.states[k] = StateTensor{
+        interned(key[0].cast<std::string>().c_str()), nullptr, nullptr, nullptr, key[1].cast<uint8_t>(), false};
   }
   TORCH_INTERNAL_ASSERT(find_state_tensors(e, found), "admit() without its state");
   for (int k = 0; k < e.state_count; ++k) {

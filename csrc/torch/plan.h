@@ -12,6 +12,7 @@
 //   plan_walk.cpp     the step itself, and what comes after
 #pragma once
 
+#include <c10/util/FunctionRef.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -29,9 +30,9 @@ class Plan {
   Plan();
 
   // One step over `param_groups` (list of dicts) and `state` (parameter -> dict of tensors; the one given to watch()).
-  // grad_scale is None or anything float() takes; found_inf is None or a tensor on a GPU. What stands on a GPU is read
-  // by its kernels. reduce is None or a function that adds up a float64 tensor over processes, in place. elsewhere is
-  // None or what "norms" asked for. Returns None when the step is done, or
+  // grad_scale is None or anything float() takes; found_inf is None, 0, or a tensor on a GPU. What stands on a GPU is
+  // read by its kernels. reduce is None or a function that adds up a float64 tensor over processes, in place. elsewhere
+  // is None or what "norms" asked for. Returns None when the step is done, or
   //   ("elsewhere", [(group, index)…])   done, but for these parameters, which no kernel takes
   //   ("skipped",)                   nothing was written, because a gradient is not finite
   // or, with nothing written, what stands in its way:
@@ -52,8 +53,8 @@ class Plan {
 
   // A judgement of one parameter that has a gradient: walked by the kernel for as long as its tensors stay as they are,
   // or (combination < 0) left to Python for the step that follows at once.
-  // combination: its line of FSGD_COMBINATIONS. keys: (key, column) for each state tensor, its place in the table's row.
-  // new_states: tensors by key, to put into the state with the next step; or None.
+  // combination: its line of FSGD_COMBINATIONS. keys: (key, column) for each state tensor, its place in the table's
+  // row. new_states: tensors by key, to put into the state with the next step; or None.
   void admit(int64_t group, int64_t index, int combination, const pybind11::tuple& keys, pybind11::object new_states);
 
   // `state` will report every change of itself, by forget_state(); so what was found in it may be kept.
@@ -144,7 +145,7 @@ class Plan {
   };
 
   class Busy;
-  pybind11::object run(PyObject* param_groups, PyObject* state, PyObject* reduce, PyObject* elsewhere);
+  pybind11::object run(PyObject* state, PyObject* reduce, PyObject* elsewhere);
   pybind11::object settle(PyObject* state);
 
   // plan_match.cpp
@@ -183,8 +184,8 @@ class Plan {
   void launch();
   void walk();
   void commit();
-  template <class Work>
-  void over_chunks(const Table& table, uint32_t begin, uint32_t end, int64_t work, Work run) const;
+  static void over_chunks(uint32_t begin, uint32_t end, int64_t work,
+                          c10::function_ref<void(uint32_t begin, uint32_t end)> run);
 
   bool watches(PyObject* state) const;
   uint8_t target_of(c10::Device device);
@@ -213,6 +214,7 @@ class Plan {
   bool skip_nonfinite_ = false;
   float grad_scale_ = 1;
   bool has_grad_scale_ = false;
+  bool found_inf_known_ = false;               // a GradScaler has looked at the gradients already
   at::Tensor gpu_grad_scale_, gpu_found_inf_;  // undefined unless they were given as tensors on a GPU
   bool written_moved_ = true;                  // since the overlap check
   bool grads_moved_ = true;

@@ -112,7 +112,8 @@ Group make_group(std::size_t i) {
   group.nesterov = i % 3 == 1;
   group.maximize = i % 7 == 4;
   group.decoupled_weight_decay = i % 4 == 2;
-  if (i % 8 == 6) group.lars = kLars | (i % 3 == 0 ? kTrustClipped : 0) | (i % 5 == 0 ? kLrThroughMomentum : kAdaptAlways);
+  if (i % 8 == 6)
+    group.lars = kLars | (i % 3 == 0 ? kTrustClipped : 0) | (i % 5 == 0 ? kLrThroughMomentum : kAdaptAlways);
   group.trust_coeff = 0.02;
   group.trust_eps = 1e-8;
   group.has_ema = with_ema && i % 3 != 0;
