@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from measure import Quartiles
-from results import Row
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .measure import Quartiles
+from .results import Row
+
 _BUSY = 0.5  # load average
-_SUMMARY_PEERS = ("fused", "foreach", "loop")
+_SUMMARY_PEERS = ("fused", "foreach", "loop", "compiled", "optimi")
 
 
 def make_console() -> Console:
@@ -48,43 +49,47 @@ def show_configuration(console: Console, rows: list[Row]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = _table("peer", "step", "quartiles", "time / ours", "quartiles", "GB/s", "% of ceiling", left=("peer",))
+    ceilings = ("% of flat", "% of copy")
+    table = make_table("peer", it.clock, "quartiles", "time / ours", "quartiles", "GB/s", *ceilings, left=("peer",))
     for row in rows:
         name = row.peer if row.role in ("peer", "ours") else f"{row.peer} ({row.role})"
         if row.microseconds is None:
-            table.add_row(name, f"[red]{row.status}")
+            table.add_row(name, f"[dim]{row.status}" if row.status == "skipped" else f"[red]{row.status}")
             continue
-        time, times = _time(row.microseconds.median), f"{_time(row.microseconds.q1)} – {_time(row.microseconds.q3)}"
+        time, times = show_time(row.microseconds.median), f"{show_time(row.microseconds.q1)} – {show_time(row.microseconds.q3)}"
         ratio = ratios = ""
         if row.ratio_to_ours is not None and row.role != "ours":
             ratio = _ratio(row.ratio_to_ours.median)
             ratios = f"{_ratio(row.ratio_to_ours.q1)} – {_ratio(row.ratio_to_ours.q3)}"
         speed = "" if row.gb_per_second is None else f"{row.gb_per_second:.1f}"
-        percent = "" if row.role == "ceiling" else _percent(row.percent_of_ceiling)
-        table.add_row(name, time, times, ratio, ratios, speed, percent, style="bold" if row.role == "ours" else "")
+        percents = [] if row.role == "ceiling" else [_percent(row.percent_of_ceiling), _percent(row.percent_of_copy)]
+        time += " (waits for the host)" if row.host_bound else ""
+        table.add_row(name, time, times, ratio, ratios, speed, *percents, style="bold" if row.role == "ours" else "")
     console.print(table)
     for row in rows:
         if row.reason:
-            console.print(f"  [red]{row.peer} {row.status}[/]: {escape(row.reason)}", soft_wrap=True)
+            colour = "dim" if row.status == "skipped" else "red"
+            console.print(f"  [{colour}]{row.peer} {row.status}[/]: {escape(row.reason)}", soft_wrap=True)
 
 
 def show_summary(console: Console, rows: list[Row]) -> None:
     """One line for each configuration: how many times ours the others take."""
     console.print("\n[bold]Summary[/]   medians; the peers as time / ours")
-    table = _table("shapes", "dtype", "threads", "ours", "% of ceiling", *_SUMMARY_PEERS, left=("shapes", "dtype"))
+    table = make_table("shapes", "dtype", "threads", "clock", "ours", "% of flat", *_SUMMARY_PEERS, left=("shapes", "dtype", "clock"))
     for it, group in groupby(rows, key=lambda row: row.configuration):
         by_peer = {row.peer: row for row in group}
         ours = by_peer.get("ours")
         time = percent = ""
         if ours is not None:
-            time = f"[red]{ours.status}" if ours.microseconds is None else _time(ours.microseconds.median)
+            time = f"[red]{ours.status}" if ours.microseconds is None else show_time(ours.microseconds.median)
             percent = _percent(ours.percent_of_ceiling)
         ratios = [_summary_ratio(by_peer.get(peer)) for peer in _SUMMARY_PEERS]
-        table.add_row(it.shapes, it.dtype, str(it.threads), time, percent, *ratios)
+        table.add_row(it.shapes, it.dtype, str(it.threads), it.clock, time, percent, *ratios)
     console.print(table)
 
 
-def _table(*headings: str, left: tuple[str, ...]) -> Table:
+def make_table(*headings: str, left: tuple[str, ...]) -> Table:
+    """An empty table; columns are aligned to the right but for those named."""
     table = Table()
     for heading in headings:
         table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
@@ -95,11 +100,12 @@ def _summary_ratio(row: Row | None) -> str:
     if row is None:
         return ""
     if row.status != "ok":
-        return f"[red]{row.status}"
+        return f"[dim]{row.status}" if row.status == "skipped" else f"[red]{row.status}"
     return "" if row.ratio_to_ours is None else _ratio(row.ratio_to_ours.median)
 
 
-def _time(microseconds: float) -> str:
+def show_time(microseconds: float) -> str:
+    """With a unit."""
     return f"{microseconds:.1f} µs" if microseconds < 1e3 else f"{microseconds / 1e3:.2f} ms"
 
 
