@@ -23,11 +23,11 @@ from .errors import UserError
 
 COMMANDS = (
     "step",
-    # "curves",
-    # "training",
-    # "all",
-    # "report",
-    # "compare",
+    "curves",
+    "training",
+    "all",
+    "report",
+    "compare",
 )
 
 
