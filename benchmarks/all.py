@@ -1,7 +1,7 @@
 """Runs every measurement in turn (step, curves, training) and makes the report: what `make bench` does.
 
-    python -m benchmarks all            10 minutes at most
-    python -m benchmarks all --quick    about one
+python -m benchmarks all            10 minutes at most
+python -m benchmarks all --quick    about one
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def run(given: argparse.Namespace) -> int:
     for name, share in _SHARES.items():
         module = importlib.import_module(f".{name}", __package__)
         status: int = module.run(
-            argparse.Namespace(**{**vars(given), "minutes": share * minutes, "shapes": None, "curves": None, "models": None})
+            argparse.Namespace(
+                **{**vars(given), "minutes": share * minutes, "shapes": None, "curves": None, "models": None}
+            )
         )
         if status:
             return status

@@ -28,6 +28,7 @@ COMMANDS = (
     "all",
     "report",
     "compare",
+    "breakdown",
 )
 
 

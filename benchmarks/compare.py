@@ -3,10 +3,10 @@
     python -m benchmarks compare before.json after.json
     python -m benchmarks compare before.json after.json --repeats again1.json again2.json
 
-The noise band is measured: runs of the same benchmark, machine, torch and commit (those given, and those that lie in the
-folders of the two files) are compared with each other, row by row, and 95 of 100 such changes lie within the band. Make
-repeated runs by running the benchmark again. Without any, the band is made of the quartiles inside the two runs, which do
-not know what differs from one process to the next; the output says so.
+The noise band is measured: runs of the same benchmark, machine, torch and commit (those given, and those that lie in
+the folders of the two files) are compared with each other, row by row, and 95 of 100 such changes lie within the band.
+Make repeated runs by running the benchmark again. Without any, the band is made of the quartiles inside the two runs,
+which do not know what differs from one process to the next; the output says so.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def noise_band(before: Run, after: Run, repeats: Sequence[Run]) -> tuple[float, 
         return math.exp(_quantile(changes)), f"{len(pairs)} pairs of repeated runs, {len(changes)} rows"
     spreads = [math.log(q["q3"] / q["q1"]) for run in (before, after) for q in times(run).values()]
     band = math.exp(_quantile(spreads)) if spreads else 1.0
-    return band, "quartiles within the two runs alone, for want of repeated runs: run the benchmark again for a real one"
+    return (
+        band,
+        "quartiles within the two runs alone, for want of repeated runs: run the benchmark again for a real one",
+    )
 
 
 def compare(before: Run, after: Run, band: float, all_peers: bool) -> list[Change]:

@@ -1,12 +1,12 @@
 """Times steps along curves: cost against the number of tensors, bytes, param groups and threads.
 
-    python -m benchmarks curves                    all four, with ours, torch's own three and the ceilings
-    python -m benchmarks curves --curves tensors   lists are separated by commas
+python -m benchmarks curves                    all four, with ours, torch's own three and the ceilings
+python -m benchmarks curves --curves tensors   lists are separated by commas
 
-    tensors  1 to 10,000 tensors of equal bytes together; a line through them gives the cost of an extra tensor
-    bytes    10^3 to 10^9 bytes moved a step, one tensor; a line through what is beyond the cache gives the bandwidth
-    groups   1 to 1000 param groups of 1000 small tensors
-    threads  ResNet-50 on 1 to all cores
+tensors  1 to 10,000 tensors of equal bytes together; a line through them gives the cost of an extra tensor
+bytes    10^3 to 10^9 bytes moved a step, one tensor; a line through what is beyond the cache gives the bandwidth
+groups   1 to 1000 param groups of 1000 small tensors
+threads  ResNet-50 on 1 to all cores
 """
 
 from __future__ import annotations

@@ -54,9 +54,7 @@ def cost_per_tensor(rows: Iterable[Mapping[str, Any]], peer: str, clock: str) ->
     return fit_line([row["x"] for row in points], [row["microseconds"]["median"] * 1e-6 for row in points])
 
 
-def cost_per_byte(
-    rows: Iterable[Mapping[str, Any]], peer: str, clock: str, cache_bytes: int | None
-) -> Line | None:
+def cost_per_byte(rows: Iterable[Mapping[str, Any]], peer: str, clock: str, cache_bytes: int | None) -> Line | None:
     """Seconds against bytes moved, beyond the cache."""
     points = [
         row for row in curve(rows, "bytes", peer, clock) if row["working_set_bytes"] > CACHES * (cache_bytes or 0)

@@ -68,7 +68,7 @@ class CudaGpu:
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call,no-any-return]
 
     def flush_l2(self) -> None:
-        """Reads a buffer several times the cache. Writing it would leave lines that the timed step had to write back."""
+        """Reads a buffer several times the cache. Writing it would leave lines for the timed step to write back."""
         torch.sum(self._flush, dim=0, out=self._sum)
 
     def keep_busy(self, seconds: float) -> None:

@@ -72,9 +72,7 @@ def not_timed(rows: Sequence[Mapping[str, Any]], where: str) -> str:
                 seen[key].append(place)
     if not seen:
         return ""
-    errors = {
-        (row["peer"], f"{row[where]} {row['dtype']}"): row["reason"] for row in rows if row["status"] == "wrong"
-    }
+    errors = {(row["peer"], f"{row[where]} {row['dtype']}"): row["reason"] for row in rows if row["status"] == "wrong"}
     lines = []
     for (peer, status, reason), places in seen.items():
         why = reason or errors[(peer, places[0])] or ""

@@ -66,7 +66,9 @@ def _table(run: Run, clock: str) -> str:
     if not lines:
         return ""
     headings = ["shapes", "dtype", "threads", "ours", "GB/s", "% of flat", "% of copy", *peers]
-    text = f"{clock.capitalize()} time of a step; the peers as ratios, with quartiles:\n\n" + md.table(headings, lines, 2)
+    text = f"{clock.capitalize()} time of a step; the peers as ratios, with quartiles:\n\n" + md.table(
+        headings, lines, 2
+    )
     if any(row["host_bound"] and row["clock"] == clock for row in run.rows):
         text += "\n† waits for the host are part of this time.\n"
     return text

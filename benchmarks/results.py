@@ -94,9 +94,7 @@ class Row:
     ) -> Row:
         """The row of a peer; its figures are empty if it was not timed."""
         role = PEERS[peer].role
-        row = cls(
-            configuration, peer, role, check.status, check.reason, check.error, check.writes_gradients, **more
-        )
+        row = cls(configuration, peer, role, check.status, check.reason, check.error, check.writes_gradients, **more)
         own = samples.get(peer)
         if own is None:
             return row

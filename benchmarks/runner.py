@@ -127,9 +127,7 @@ def run_cases(cases: Sequence[Case], options: Options, clocks: Sequence[Clock], 
     return outcome
 
 
-def run_case(
-    case: Case, options: Options, clocks: Sequence[Clock], effort: Effort, show: Show
-) -> Iterator[list[Row]]:
+def run_case(case: Case, options: Options, clocks: Sequence[Clock], effort: Effort, show: Show) -> Iterator[list[Row]]:
     """One table for each number of threads and clock."""
     torch.set_num_threads(max(case.threads))
     peers = list(case.peers or options.peers)
@@ -176,7 +174,7 @@ def buffer_sets(l2_bytes: int, working_set_bytes: int) -> int:
 
 
 class Entrants:
-    """The peers that are right, set up on one or more sets of buffers. Those that drop out have a check that says why."""
+    """The peers that are right, set up on one or more sets of buffers. What drops out has a check with the reason."""
 
     def __init__(self, case: Case, checks: dict[str, Check], device: str) -> None:
         self.checks, self.device = checks, device
@@ -201,7 +199,11 @@ class Entrants:
             try:
                 for work in self.works[len(own) : sets]:
                     self._refuse_without_memory()
-                    own.append(PEERS[peer].set_up(work.with_own_grads() if result.writes_gradients else work, workload.TIMED_LR))
+                    own.append(
+                        PEERS[peer].set_up(
+                            work.with_own_grads() if result.writes_gradients else work, workload.TIMED_LR
+                        )
+                    )
             except (CannotRun, ImportError) as why:
                 self.drop(peer, "skipped", str(why))
             except Exception as exception:
@@ -236,7 +238,9 @@ class Entrants:
         needed = 4 * self.work.dtype.itemsize * self.work.shape_set.elements
         available = machine.available_bytes(self.device)
         if available is not None and needed > _MEMORY_SHARE * available:
-            raise CannotRun(f"no memory left beside the others: needs {needed / 1e9:.2g} GB of {available / 1e9:.2g} GB")
+            raise CannotRun(
+                f"no memory left beside the others: needs {needed / 1e9:.2g} GB of {available / 1e9:.2g} GB"
+            )
 
 
 def _table(

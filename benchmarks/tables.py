@@ -56,7 +56,10 @@ def show_configuration(console: Console, rows: list[Row]) -> None:
         if row.microseconds is None:
             table.add_row(name, f"[dim]{row.status}" if row.status == "skipped" else f"[red]{row.status}")
             continue
-        time, times = show_time(row.microseconds.median), f"{show_time(row.microseconds.q1)} – {show_time(row.microseconds.q3)}"
+        time, times = (
+            show_time(row.microseconds.median),
+            f"{show_time(row.microseconds.q1)} – {show_time(row.microseconds.q3)}",
+        )
         ratio = ratios = ""
         if row.ratio_to_ours is not None and row.role != "ours":
             ratio = _ratio(row.ratio_to_ours.median)
@@ -75,7 +78,9 @@ def show_configuration(console: Console, rows: list[Row]) -> None:
 def show_summary(console: Console, rows: list[Row]) -> None:
     """One line for each configuration: how many times ours the others take."""
     console.print("\n[bold]Summary[/]   medians; the peers as time / ours")
-    table = make_table("shapes", "dtype", "threads", "clock", "ours", "% of flat", *_SUMMARY_PEERS, left=("shapes", "dtype", "clock"))
+    table = make_table(
+        "shapes", "dtype", "threads", "clock", "ours", "% of flat", *_SUMMARY_PEERS, left=("shapes", "dtype", "clock")
+    )
     for it, group in groupby(rows, key=lambda row: row.configuration):
         by_peer = {row.peer: row for row in group}
         ours = by_peer.get("ours")

@@ -3,9 +3,9 @@
     python -m benchmarks training                  both models
     python -m benchmarks training --models gpt     lists are separated by commas
 
-All peers step the same parameters, in turn, each with a state of its own and a tiny learning rate. On a GPU the device is
-waited for before and after the optimizer's step, so that its time is not counted into the next forward pass; a loop that
-never waits may hide some of it.
+All peers step the same parameters, in turn, each with a state of its own and a tiny learning rate. On a GPU the device
+is waited for before and after the optimizer's step, so that its time is not counted into the next forward pass; a loop
+that never waits may hide some of it.
 """
 
 from __future__ import annotations
@@ -107,10 +107,8 @@ def train(
         shuffle(order)
         for peer in order:
             times[peer].append(train_step(model, gradients, optimizers[peer], wait))
-    return [
-        _row(training, options, model, peer, checks.get(peer) or Check("skipped", "cannot be put into torch's loop"), times)
-        for peer in peers
-    ]
+    outside = Check("skipped", "cannot be put into torch's loop")
+    return [_row(training, options, model, peer, checks.get(peer, outside), times) for peer in peers]
 
 
 def train_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -62,7 +63,7 @@ class Workload:
         """The param groups to give an optimizer."""
         count, groups = len(params), self.shape_set.param_groups
         bounds = [group * count // groups for group in range(groups + 1)]
-        return [{"params": list(params[a:b])} for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [{"params": list(params[a:b])} for a, b in pairwise(bounds)]
 
     def _copy(self, tensor: Tensor, index: int) -> Tensor:
         return _empty(tuple(tensor.shape), self.shape_set.offset(index), self.dtype, self.device).copy_(tensor)

@@ -87,7 +87,7 @@ def test_rows(result: dict[str, Any]) -> None:
             assert percent is row["percent_of_copy"] is row["gb_per_second"] is None
         else:
             assert 0 < percent["q1"] <= percent["median"] <= percent["q3"]
-            assert 0 < row["percent_of_copy"]["median"]
+            assert row["percent_of_copy"]["median"] > 0
             assert row["gb_per_second"] == pytest.approx(row["floor_bytes"] / time["median"] * 1e-3, rel=1e-3)
         same = {"ours": ratio, "flat": percent, "copy": row["percent_of_copy"]}.get(row["peer"])
         if same:

@@ -75,6 +75,6 @@ def optimizer_peer(
         def momentum_buffers() -> list[Tensor]:
             return [optimizer.state[param][momentum_key] for param in params] if momentum_key else []
 
-        return Contender(lambda: optimizer.step(), params, momentum_buffers, optimizer)  # noqa: PLW0108
+        return Contender(lambda: optimizer.step(), params, momentum_buffers, optimizer)
 
     return Peer(name, set_up, make_with_hyperparameters, **options)

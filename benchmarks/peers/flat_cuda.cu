@@ -86,10 +86,17 @@ const char* run(int device, int packs, void* param, const void* grad, void* mome
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     switch (packs) {
-      case 1: error = launch<T, 1>(param, grad, momentum_buffer, elements, h, stream); break;
-      case 2: error = launch<T, 2>(param, grad, momentum_buffer, elements, h, stream); break;
-      case 4: error = launch<T, 4>(param, grad, momentum_buffer, elements, h, stream); break;
-      default: return "packs must be 1, 2 or 4";
+      case 1:
+        error = launch<T, 1>(param, grad, momentum_buffer, elements, h, stream);
+        break;
+      case 2:
+        error = launch<T, 2>(param, grad, momentum_buffer, elements, h, stream);
+        break;
+      case 4:
+        error = launch<T, 4>(param, grad, momentum_buffer, elements, h, stream);
+        break;
+      default:
+        return "packs must be 1, 2 or 4";
     }
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

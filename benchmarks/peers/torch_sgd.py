@@ -42,7 +42,7 @@ def _compiled(workload: Workload, lr: float) -> Contender:
     optimizer = _sgd(workload.fresh_groups(params), lr, foreach=True)
     # Of another workload, the same function would be compiled again, and after eight times no more.
     torch._dynamo.reset()
-    step: Callable[[], object] = torch.compile(lambda: optimizer.step(), fullgraph=False)  # noqa: PLW0108
+    step: Callable[[], object] = torch.compile(lambda: optimizer.step(), fullgraph=False)
     return Contender(step, params, lambda: [optimizer.state[param]["momentum_buffer"] for param in params], optimizer)
 
 
