@@ -18,7 +18,7 @@ _SHARES = {"step": 0.55, "curves": 0.27, "training": 0.15}  # of the time; what 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    shared.add_arguments(parser, minutes=9.5, quick_minutes=1)
+    shared.add_arguments(parser, minutes=9.5, quick_minutes=0.8)
 
 
 def run(given: argparse.Namespace) -> int:

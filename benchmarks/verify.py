@@ -17,7 +17,7 @@ from .shapes import ShapeSet
 from .workload import LR, MOMENTUM, WEIGHT_DECAY, Workload, make_workload
 
 STEPS = 2  # the first step of a parameter is a special case
-MAX_ELEMENTS = 100_003  # of a tensor: enough for several threads, and for a tail behind the last whole vector
+MAX_ELEMENTS = 40_009  # of a tensor: enough for several threads, and for a tail behind the last whole vector
 
 # Relative to the larger of 1 and the value. bfloat16 peers may round each intermediate result to 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
