@@ -5,10 +5,11 @@
     python -m benchmarks step --shapes gpt2 --threads 2   lists are separated by commas
 
 Every peer's result is compared with float64 before it is timed. Peers are timed in turn, round after round, in one
-process, an untimed step before each short sample; figures are medians and quartiles, and ratios are taken round by round. The floor (`nothing`) is an optimizer
-whose step is empty. The ceilings are the same arithmetic over one flat array (`flat`) and a plain copy of as many bytes
-(`copy`). On a GPU there are four clocks: device time with a cold L2 cache, replay of a CUDA graph with buffers in turn,
-host time until step() returns, and wall time. Nothing is written unless the whole run succeeds.
+process, with an untimed step before each short sample; figures are medians and quartiles, and ratios are taken round by
+round. The floor (`nothing`) is an optimizer whose step is empty. The ceilings are the same arithmetic over one flat
+array (`flat`) and a plain copy of as many bytes (`copy`). On a GPU there are four clocks: device time with a cold L2
+cache, replay of a CUDA graph with buffers in turn, host time until step() returns, and wall time. Nothing is written
+unless the whole run succeeds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ __all__ = ["HELP", "add_arguments", "report_section", "run"]
 HELP = "times one optimizer step of every peer on the shapes of real models"
 
 # The models whose set-up alone takes long are left out of a quick run, unless they are named.
-_QUICK_SHAPES = ("resnet20", "tiny161_groups", "many1000", "odd", "resnet50")
+_QUICK_SHAPES = ("resnet20", "resnet50", "tiny161_groups", "many1000", "odd")
+_QUICK_FOOTPRINTS = ("resnet20", "resnet50")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,4 +56,8 @@ def run(given: argparse.Namespace) -> int:
 
 def _cases(shapes: Sequence[str] | None, options: shared.Options) -> list[Case]:
     names = shapes or (_QUICK_SHAPES if options.quick else list(SHAPE_SETS))
-    return [Case(SHAPE_SETS[name], dtype, options.threads) for name in names for dtype in options.dtypes]
+    return [
+        Case(SHAPE_SETS[name], dtype, options.threads, footprints=not options.quick or name in _QUICK_FOOTPRINTS)
+        for name in names
+        for dtype in options.dtypes
+    ]
