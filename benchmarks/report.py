@@ -27,7 +27,8 @@ _INTRODUCTION = """\
 Made by `python -m benchmarks report` from the files in `{folder}`; edit nothing here. How things are measured:
 `python -m benchmarks step --help`. Figures are medians; a ratio is another optimizer's time over FusedSGD's, taken
 round by round (above 1: FusedSGD is faster). GB/s count the bytes that a step must move, whatever a peer really moves.
-A peer whose result differs from float64 is shown as wrong and is not timed.
+A CPU that copies also reads the lines it writes, so that a step can be faster than a copy there. A peer whose result
+differs from float64 is shown as wrong and is not timed.
 """
 
 
