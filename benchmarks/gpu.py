@@ -84,8 +84,13 @@ class CudaGpu:
             step()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[no-untyped-call]
-            step()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[no-untyped-call]
+                step()
+        except BaseException:
+            # What a broken capture left in the pool is not to fail the next peer's.
+            self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            raise
         return graph.replay
 
     def _calibrate(self) -> float:
