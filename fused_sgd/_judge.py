@@ -118,11 +118,11 @@ def choose(options: Group, param: Tensor, grad: Tensor | None, kept: dict[str, T
     for key in ("lr", "weight_decay"):
         if isinstance(options[key], Tensor) and options[key].requires_grad:
             return Judgement("reference", f"{key} requires a gradient")
-    tensors = {"parameter": param, "gradient": grad, **kept}
+    tensors: dict[str, Tensor | None] = {"parameter": param, "gradient": grad, **kept}
     obstacle = _kernel_obstacle(tensors)
     if obstacle:
         return Judgement("reference", obstacle)
-    dtypes = [(tensors.get(role) if tensors.get(role) is not None else param).dtype for role in _FORMATS]
+    dtypes = [param.dtype if (tensor := tensors.get(role)) is None else tensor.dtype for role in _FORMATS]
     combination = C.combination(*dtypes)
     if combination < 0:
         return Judgement("reference", "there is no kernel for parameter {}, gradient {}, momentum {}".format(*dtypes))

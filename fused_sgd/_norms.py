@@ -33,8 +33,8 @@ def make_reduce(groups: list[Group], process_group: Any) -> Reduce | None:
     def reduce_over_mesh(sums: Tensor) -> None:
         if len(places) != 1:
             raise RuntimeError(
-                "the global norm of parameters that are sharded in different ways, or of which only some are sharded, is"
-                " not supported; give such parameters optimizers of their own"
+                "there is no global norm of parameters that are sharded in different ways, or of which only some are"
+                " sharded; give such parameters optimizers of their own"
             )
         (place,) = places
         assert place is not None

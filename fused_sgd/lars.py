@@ -21,9 +21,9 @@ class TrustRatio(NamedTuple):
 
 
 class FusedLARS(FusedSGD):
-    r"""SGD with a trust ratio for each parameter, in the same pass: LARS of You et al., `Large Batch Training of
-    Convolutional Networks <https://arxiv.org/abs/1708.03888>`_.
+    """SGD with a trust ratio for each parameter, in the same pass.
 
+    LARS of You et al., `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_.
     Arguments and numbers are those of timm's ``Lars``, to rounding. See :func:`fused_sgd.reference.trust_ratio` for the
     formula. Biases and norms are usually left without weight decay, and so without adaptation: see
     :func:`fused_sgd.param_groups`.

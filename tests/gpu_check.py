@@ -35,7 +35,7 @@ SITE = WORK / "site"  # where the package is built into
 RESULTS = WORK / "benchmark"
 
 # The benchmark, from a folder where both `fused_sgd` (built) and the checkout can be imported.
-BENCHMARK = [str(ROOT / "benchmarks" / "step.py"), "--quick", f"--output={RESULTS}"]
+BENCHMARK = ["-m", "benchmarks", "step", "--quick", f"--output={RESULTS}"]
 
 MODULES = ("torch", "pytest", "hypothesis", "numpy")
 OPTIONAL_MODULES = ("xdist", "expecttest", "rich", "sklearn", "matplotlib")
