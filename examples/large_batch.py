@@ -1,6 +1,6 @@
 """Accuracy against batch size, with SGD and with LARS, on scikit-learn's digits: docs/large-batch.md.
 
-    python examples/large_batch.py    # minutes on one core; rewrites the plot and the tables in docs
+    python examples/large_batch.py    # four minutes of one core; rewrites the plot and the tables in docs
 
 Learning rates are tuned first: one seed, a fifth of the training set held out. Then each choice trains on the whole
 training set with several seeds and is tested. Needs what train.py needs.
