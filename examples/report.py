@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import platform
-import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,30 +12,12 @@ import matplotlib as mpl
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from timing import Timing
+from training import Run
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
-
-OURS = "FusedSGD"
-
-
-@dataclass
-class Run:
-    """One training run."""
-
-    name: str
-    model: nn.Module
-    steps_per_epoch: int
-    losses: list[float] = field(default_factory=list)  # one a step
-    accuracy: float = math.nan  # on the test set, in [0, 1]
-
-    @property
-    def final_loss(self) -> float:
-        """The mean loss over the last epoch."""
-        return statistics.fmean(self.losses[-self.steps_per_epoch :])
 
 
 def describe_machine(device_type: str) -> str:
@@ -51,24 +30,27 @@ def describe_machine(device_type: str) -> str:
     return f"device {device} · torch {torch.__version__} · threads {torch.get_num_threads()} · {date}"
 
 
-def print_report(console: Console, runs: Iterable[Run], timings: list[Timing], equal: bool) -> None:
-    """Prints both tables, and between them the line that scripts look for."""
+def print_report(console: Console, runs: Iterable[Run], timings: list[Timing], equal: str) -> None:
+    """Prints both tables, and between them the line that scripts look for; of the timings, ours comes first."""
+    runs = list(runs)
+    averaged = any(run.averaged_accuracy is not None for run in runs)
     results = Table("optimizer", title="Training")
-    for heading in ("test accuracy", "final train loss"):
+    for heading in ("test accuracy", *(["averaged weights"] if averaged else []), "final train loss"):
         results.add_column(heading, justify="right")
     for run in runs:
-        results.add_row(run.name, f"{run.accuracy:.2%}", f"{run.final_loss:.6f}")
+        accuracies = [accuracy for accuracy in (run.accuracy, run.averaged_accuracy) if accuracy is not None]
+        results.add_row(run.name, *(f"{accuracy:.2%}" for accuracy in accuracies), f"{run.final_loss:.6f}")
     console.print(results)
 
-    print(f"weights equal to the bit: {'yes' if equal else 'no'}")
+    print(f"weights equal to the bit: {equal}")
 
     times = Table("optimizer", title="Optimizer time a step")
-    for heading in ("median", "quartiles", f"ratio to {OURS}"):
+    for heading in ("median", "quartiles", f"ratio to {timings[0].name}"):
         times.add_column(heading, justify="right")
     for timing in timings:
         low, median, high = timing.quartiles
         ratio = f"{timing.ratio_to(timings[0]):.2f}"
-        style = "bold" if timing.name == OURS else None
+        style = "bold" if timing is timings[0] else None
         times.add_row(timing.name, f"{median:.1f} µs", f"{low:.1f} – {high:.1f} µs", ratio, style=style)
     console.print(times)
 
@@ -116,13 +98,13 @@ def draw_times(axes: Any, timings: list[Timing]) -> None:
         [middle - lower for middle, lower in zip(median, low, strict=True)],
         [upper - middle for middle, upper in zip(median, high, strict=True)],
     ]
-    colors = [OUR_COLOR if timing.name == OURS else TORCH_COLOR for timing in timings]
+    colors = [OUR_COLOR if timing is timings[0] else TORCH_COLOR for timing in timings]
     rows = range(len(timings))
     # On a busy machine a whisker can be a hundred bars long: let it leave the picture rather than shrink the bars.
     end = min(max(high), 2 * max(median))
     axes.barh(rows, median, xerr=whiskers, height=0.6, color=colors, error_kw={"ecolor": "0.35", "capsize": 4})
     for row, timing in enumerate(timings):
-        ratio = "" if timing.name == OURS else f"  ({timing.ratio_to(timings[0]):.1f}×)"
+        ratio = "" if timing is timings[0] else f"  ({timing.ratio_to(timings[0]):.1f}×)"
         offset = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{median[row]:.0f} µs{ratio}", (min(high[row], end), row), **offset)
     axes.set_yticks(rows, [timing.name for timing in timings])

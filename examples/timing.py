@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 TIMED_ROUNDS = 400
+
+
+class Steps(Protocol):
+    """An optimizer, or one with what goes around its update."""
+
+    def step(self) -> Any:
+        """Performs one step."""
 
 
 @dataclass
@@ -29,7 +38,7 @@ class Timing:
         return statistics.median(mine / its for mine, its in zip(self.times, other.times, strict=True))
 
 
-def take_turns(optimizers: dict[str, torch.optim.Optimizer], device: str) -> list[Timing]:
+def take_turns(optimizers: Mapping[str, Steps], device: str) -> list[Timing]:
     """Times the steps of optimizers that take turns.
 
     Each round starts with another one: none is always the first to find the caches cold.
@@ -45,7 +54,7 @@ def take_turns(optimizers: dict[str, torch.optim.Optimizer], device: str) -> lis
     return [timing for timing, _ in contestants]
 
 
-def time_once(optimizer: torch.optim.Optimizer, device: str) -> float:
+def time_once(optimizer: Steps, device: str) -> float:
     """Times one step in µs, until the device has done it."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()

@@ -1,6 +1,7 @@
 """The example as a user runs it: a process of its own, judged by what it prints, draws and returns."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,22 +13,38 @@ for module in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(module)
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train.py"
+STUDY = SCRIPT.with_name("large_batch.py")
 EQUAL = "weights equal to the bit: yes"
+TINY = ("--width", "4", "--epochs", "2", "--batch-size", "96")
 
 
 def run_example(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     # One thread: threads that wait for each other are very slow where tests share the cores.
-    command = [sys.executable, SCRIPT, "--threads", "1", "--output", folder / "out" / "demo.png", *options]
+    return run_script(folder, SCRIPT, "--threads", "1", "--output", str(folder / "out" / "demo.png"), *options)
+
+
+def run_script(folder: Path, script: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, script, *options]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=300)
 
 
-def assert_trained(result: subprocess.CompletedProcess[str], folder: Path) -> None:
+def assert_trained(
+    result: subprocess.CompletedProcess[str], folder: Path, weights: str = EQUAL, optimizer: str = "FusedSGD"
+) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
-    assert EQUAL in result.stdout.splitlines()
-    for name in ("torch fused", "torch foreach", "torch for-loop", "FusedSGD"):
+    assert any(line.startswith(weights) for line in result.stdout.splitlines()), result.stdout
+    for name in ("torch fused", "torch foreach", "torch for-loop", optimizer):
         assert name in result.stdout
     assert (folder / "out" / "demo.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def accuracies(result: subprocess.CompletedProcess[str]) -> list[float]:
+    return [float(word[:-1]) for word in result.stdout.split() if word.endswith("%")]
+
+
+def losses(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return re.findall(r"\d\.\d{6}", result.stdout)
 
 
 def make_images(root: Path, per_class: int, mode: str = "RGB") -> None:
@@ -44,9 +61,8 @@ def make_images(root: Path, per_class: int, mode: str = "RGB") -> None:
 def test_digits(tmp_path):
     result = run_example(tmp_path, "--epochs", "4", "--batch-size", "64")
     assert_trained(result, tmp_path)
-    accuracies = [float(word[:-1]) for word in result.stdout.split() if word.endswith("%")]
-    assert len(accuracies) == 2
-    assert min(accuracies) > 90
+    assert len(accuracies(result)) == 2
+    assert min(accuracies(result)) > 90
 
 
 def test_amp(tmp_path):
@@ -68,6 +84,75 @@ def test_folder_to_be_split_in_grey_without_momentum(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ("--accumulate", "3"),  # no power of two: both sides divide the summed gradients, and not the loss
+        ("--clip", "1e9"),  # never reached: the coefficient is 1 on both sides
+        ("--accumulate", "2", "--amp", "--clip", "1e9", "--ema", "0.9"),
+    ],
+)
+def test_options_that_keep_the_bits(tmp_path, options):
+    assert_trained(run_example(tmp_path, *TINY, *options), tmp_path)
+
+
+def test_warmup_changes_the_schedule(tmp_path):
+    none, long = (run_example(tmp_path, *TINY, "--warmup-epochs", epochs) for epochs in ("0", "1.5"))
+    assert_trained(none, tmp_path)
+    assert_trained(long, tmp_path)
+    assert losses(none) != losses(long)
+
+
+def test_clip_is_close_to_torch(tmp_path):
+    result = run_example(tmp_path, *TINY, "--clip", "0.05", "--lr", "0.01")
+    assert_trained(result, tmp_path, "weights equal to the bit: ")
+    difference = re.search(r"the largest difference is (\S+) of", result.stdout)
+    assert difference is None or float(difference[1]) < 1e-3
+    unclipped = run_example(tmp_path, *TINY, "--lr", "0.01")
+    assert losses(unclipped) != losses(result)
+
+
+def test_ema_is_tested_too(tmp_path):
+    result = run_example(tmp_path, *TINY, "--ema", "0.9")
+    assert_trained(result, tmp_path)
+    assert "averaged weights" in result.stdout
+    torchs, averaged_by_torch, ours, averaged_by_us = accuracies(result)
+    assert torchs == ours
+    assert abs(averaged_by_torch - averaged_by_us) < 1
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--amp", "--accumulate", "2", "--clip", "5", "--ema", "0.9", "--sgd-lr", "0.2")]
+)
+def test_lars_beside_sgd(tmp_path, options):
+    result = run_example(tmp_path, *TINY, "--optimizer", "lars", *options)
+    assert_trained(result, tmp_path, "weights equal to the bit: not compared", "FusedLARS")
+    assert "FusedSGD" not in result.stdout
+
+
+def test_study_of_batch_sizes(tmp_path):
+    guide = tmp_path / "guide.md"
+    guide.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
+    options = ("--width", "2", "--epochs", "1", "--seeds", "2", "--batch-sizes", "1024", "--guide", str(guide))
+    result = run_script(tmp_path, STUDY, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    text = guide.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- measured -->\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    assert "| 1024 | 1 |" in text
+    assert guide.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("text", [None, "no place for tables"])
+def test_study_without_a_guide(tmp_path, text):
+    if text is not None:
+        (tmp_path / "guide.md").write_text(text)
+    result = run_script(tmp_path, STUDY, "--guide", "guide.md")
+    assert result.returncode == 2
+    assert "--guide: guide.md is no text with the lines <!-- measured -->" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--data", "nowhere"), "nowhere is neither 'digits' nor a folder"),
@@ -76,6 +161,18 @@ def test_folder_to_be_split_in_grey_without_momentum(tmp_path):
         (("--data", "broken"), "cannot be read as an image"),
         (("--device", "cuda"), "finds no usable GPU"),
         (("--epochs", "0"), "0 is not a finite int of at least 1"),
+        (("--optimizer", "adam"), "--optimizer: invalid choice: 'adam'"),
+        (("--optimizer", "lars", "--weight-decay", "0"), "--weight-decay must be above 0"),
+        (("--sgd-lr", "1"), "--sgd-lr is for --optimizer lars"),
+        (("--accumulate", "0"), "--accumulate: 0 is not a finite int of at least 1"),
+        (("--accumulate", "3"), "a batch of 128 images has no 3 equal parts"),
+        (("--accumulate", "4096"), "a batch of 128 images has no 4096 equal parts"),
+        (("--batch-size", "0"), "--batch-size: 0 is not a finite int of at least 1"),
+        (("--warmup-epochs", "-1"), "--warmup-epochs: -1 is not a finite float of at least 0"),
+        (("--warmup-epochs", "20"), "--warmup-epochs 20 leaves nothing of --epochs 20"),
+        (("--clip", "0"), "--clip: 0 is not a finite float above 0"),
+        (("--clip", "nan"), "--clip: nan is not a finite float above 0"),
+        (("--ema", "1"), "--ema: 1 is not a finite float of at least 0 and below 1"),
     ],
 )
 def test_bad_input(tmp_path, options, message):
