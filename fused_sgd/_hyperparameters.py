@@ -91,10 +91,7 @@ def check_one_element(name: str, value: Any) -> None:
 
 def check_path(options: dict[str, Any]) -> None:
     """Raises RuntimeError for path options that exclude each other or cannot be honoured."""
-    if options["foreach"]:
-        for key in ("decoupled_weight_decay", "ema_decay", "trust_coeff"):
-            if options.get(key):
-                raise RuntimeError(f"`foreach=True` is torch's own implementation, which has no `{key}`")
+    check_foreach(options)
     if not options["fused"]:
         return
     if options["differentiable"]:
@@ -103,6 +100,16 @@ def check_path(options: dict[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if C is None:
         raise RuntimeError(f"`fused=True` needs the compiled module, and {why_missing}")
+
+
+def check_foreach(options: dict[str, Any], where: str = "") -> None:
+    """Raises RuntimeError for options that torch's foreach implementation does not have."""
+    if not options["foreach"]:
+        return
+    for key in ("decoupled_weight_decay", "ema_decay", "trust_coeff"):
+        value = options.get(key)
+        if value is not None and value is not False:
+            raise RuntimeError(f"`foreach=True` is torch's own implementation, which has no `{key}`{where}")
 
 
 def check_duplicates(params: list[Any], group: int) -> None:

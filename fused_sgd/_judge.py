@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from fused_sgd._hyperparameters import check_foreach
 from fused_sgd._native import C, why_missing
 from torch import Tensor
 
@@ -92,6 +93,7 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     options = groups[group]
     param: Tensor = options["params"][index]
     grad = gradient(param)
+    check_foreach(options, f" (param group {group})")
     kept = state_tensors(options, param, state)
     problem = _unsound(options, param, grad, kept)
     if problem:

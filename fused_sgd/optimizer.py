@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, overload
 
 import torch
+from fused_sgd._checkpoint import Shared, as_saved, holds_nothing, unpack
 from fused_sgd._elsewhere import step_elsewhere
 from fused_sgd._explain import Explanation, explain
 from fused_sgd._hyperparameters import (
@@ -153,6 +154,8 @@ class FusedSGD(Optimizer):
                 check_duplicates([entry[1] if isinstance(entry, tuple) else entry for entry in params], number)
             check_numbers({**self.defaults, **param_group}, f" (param group {len(self.param_groups)})")
             check_path({**self.defaults, **param_group})
+            if "trust_coeff" in param_group and "trust_coeff" not in self.defaults:
+                raise ValueError(f"`trust_coeff` is an option of FusedLARS (param group {len(self.param_groups)})")
             check_same([*self.param_groups, {**self.defaults, **param_group}])
         super().add_param_group(param_group)
         self._reduce: Reduce | None = make_reduce(self.param_groups, self.norm_process_group)
@@ -361,8 +364,11 @@ class FusedSGD(Optimizer):
     # --- What a step found --------------------------------------------------------------------------------------------
 
     def _find_totals(self) -> Tensor | None:
-        totals: Tensor | None = self._totals if self._plan is None else self._plan.totals()
-        return totals
+        totals: Tensor | None = None if self._plan is None else self._plan.totals()
+        if totals is not None:
+            return totals
+        options = self.param_groups[0]
+        return self._totals if options["max_grad_norm"] is not None or options["skip_nonfinite"] else None
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -423,22 +429,33 @@ class FusedSGD(Optimizer):
             for key, off in _OFF.items():
                 if key in group and (group[key] is off or group[key] == off):
                     del group[key]
+            for number in group["params"]:
+                if holds_nothing(state["state"].get(number)):
+                    kept = state["state"][number]
+                    state["state"][number] = {key: kept[key] for key in kept if key != "momentum_buffer"}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like :meth:`torch.optim.Optimizer.load_state_dict`; options that decide the path stay the optimizer's own."""
         self._refuse_averages("load_state_dict()")
-        super().load_state_dict(state_dict)
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: as_saved(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "_skipped": self.skipped_steps, "norm_process_group": self.norm_process_group}
+        return {**state, "_skipped": self.skipped_steps, "norm_process_group": Shared(self.norm_process_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called for a copy or a pickle (with defaults), and by load_state_dict (without).
         running = [] if "defaults" in state else self.param_groups
         super().__setstate__(state)
+        unpack(self.state)
         for number, group in enumerate(self.param_groups):
+            if "trust_coeff" not in self.defaults:
+                group.pop("trust_coeff", None)  # of a FusedLARS; this one stays what it is
             kept = running[number] if running else self.defaults
             for key in self.defaults:
                 if key in _PATH_KEYS and running:
@@ -446,6 +463,7 @@ class FusedSGD(Optimizer):
                 else:
                     group.setdefault(key, kept[key])
         if not running:
+            self.norm_process_group = self.norm_process_group.it
             self._plan = None if C is None else C.Plan()
             self._totals = None
             self._holds_averages = False

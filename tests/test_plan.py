@@ -18,7 +18,7 @@ import torch
 from fused_sgd import FusedSGD
 from torch import Tensor
 
-from support import assert_same, copies, make_params, set_grads
+from support import assert_same, copies, make_params, same_bits, set_grads
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -335,3 +335,22 @@ def test_version_counters_are_bumped() -> None:
     optimizer.step()
     after = [p._version for p in params] + [optimizer.state[p]["momentum_buffer"]._version for p in params]
     assert all(b > a for a, b in zip(versions, after, strict=True))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_shared_memory_stays_an_error(steps: int) -> None:
+    """A step that had refused a gradient inside a parameter let the next one pass."""
+    params = make_params([(100,), (50,), (100,)])
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, fused=True)
+    for step in range(steps):
+        set_grads(params, seed=step)
+        optimizer.step()
+    set_grads(params, seed=7)
+    params[2].grad = params[0].detach()
+    before = [p.detach().clone() for p in params]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="shares memory"):
+            optimizer.step()
+    assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+    set_grads(params, seed=8)
+    optimizer.step()

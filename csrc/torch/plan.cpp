@@ -71,7 +71,10 @@ py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_sc
                       PyObject* reduce, PyObject* elsewhere) {
   const Busy busy(*this);
   if (!watches(state)) return py::make_tuple("state");
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::make_tuple("mode");
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    totals_known_ = false;  // Python finds its own
+    return py::make_tuple("mode");
+  }
   gpu_grad_scale_ = on_gpu(grad_scale);
   gpu_found_inf_ = on_gpu(found_inf);
   found_inf_known_ = found_inf != Py_None;
@@ -88,7 +91,10 @@ py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_sc
 // From a table to changed memory.
 py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
   if (written_moved_ || grads_moved_ || !elsewhere_.empty()) {
-    if (py::object obstacle = check_overlap(); !obstacle.is_none()) return obstacle;
+    if (py::object obstacle = check_overlap(); !obstacle.is_none()) {
+      steady_ = false;  // so that the next step looks at what moved again
+      return obstacle;
+    }
   }
   const bool on_gpu = any_on_gpu();
   // Not everything is stepped where the GPUs are, so what they alone know must be known here.
@@ -104,6 +110,7 @@ py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
   norms_ = norms_needed();
   totals_known_ = false;
   const bool global = norms_ != cuda::Norms::None && !(norms_are_local() && reduce == Py_None && !on_gpu);
+  totals_are_whole_ = global || elsewhere_.empty();
   if (global && !elsewhere_.empty() && elsewhere == Py_None) {
     return call_again(py::make_tuple("norms", places(elsewhere_)));
   }

@@ -210,6 +210,7 @@ class Plan {
   std::array<double, 2> totals_{};
   cuda::Norms norms_ = cuda::Norms::None;  // that this step needs
   bool totals_known_ = false;
+  bool totals_are_whole_ = true;  // and not those of the kernels' parameters alone
   double max_grad_norm_ = 0;
   bool skip_nonfinite_ = false;
   float grad_scale_ = 1;

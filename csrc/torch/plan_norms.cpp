@@ -97,7 +97,7 @@ void Plan::combine(PyObject* reduce, PyObject* elsewhere) {
     std::vector<at::Tensor> sums = {totals};
     const bool rows = norms_ == cuda::Norms::GradientsAndParameters;
     TORCH_CHECK(!rows || (parts.size() == 1 && elsewhere == Py_None),
-                "norm_process_group with FusedLARS needs all parameters on one device, and a kernel for each");
+                "FusedLARS with shards in several processes needs all parameters on one device, and a kernel for each");
     std::vector<int64_t> with_row;
     if (rows) {
       for (std::size_t i = 0; i < active_.size(); ++i) {
@@ -127,7 +127,7 @@ bool Plan::nonfinite_was_found() const {
 }
 
 py::object Plan::totals() const {
-  if (!totals_known_) return py::none();
+  if (!totals_known_ || !totals_are_whole_) return py::none();
   for (const Target& target : targets_) {
     if (target.launcher != nullptr && target.packer.row_count() != 0) return py::cast(totals_of(target).clone());
   }

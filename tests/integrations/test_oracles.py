@@ -1,4 +1,4 @@
-"""The reference against timm: its Lars to rounding over its options, its SGDW to the bit."""
+"""The reference and the kernels against timm: its Lars to rounding over its options, its SGDW to the bit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from fused_sgd import FusedLARS, FusedSGD
 from fused_sgd.reference import global_norm, sgd_update, trust_ratio
 from timm.optim import SGDW, Lars
 from torch import Tensor
 
-from support import copies, make_params, same_bits, set_grads
+from support import assert_same, copies, make_params, same_bits, set_grads
 
 SHAPES = [(1,), (7,), (33, 5), (1021,), (4097,), (2, 3, 4), ()]
 
@@ -133,3 +134,65 @@ def test_sgdw_equals_timms_to_the_bit(
         for p, q, b in zip(params, expected, buffers, strict=True):
             assert same_bits(p, q), f"parameter at step {step}"
             assert b is None or same_bits(b, theirs.state[q]["momentum_buffer"]), f"momentum buffer at step {step}"
+
+
+# --- The kernels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", LARS_OPTIONS, ids=option_id)
+def test_fused_lars_equals_timms(options: dict[str, Any]) -> None:
+    params = make_params(SHAPES)
+    with torch.no_grad():
+        params[1].zero_()
+    expected = copies(params)
+    mine = FusedLARS(params, lr=1.0, fused=True, **options)
+    theirs = Lars(expected, lr=1.0, **options)
+    for step in range(5):
+        lr = mine.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 0.3 if step < 3 else 0.05
+        set_grads(params, expected, seed=step)
+        if step == 0:
+            for p in (params[2], expected[2]):
+                assert p.grad is not None
+                p.grad.zero_()
+        mine.step()
+        theirs.step()
+        for p, q in zip(params, expected, strict=True):
+            torch.testing.assert_close(p, q, rtol=2**-20, atol=2**-20, msg=f"at step {step}, lr {lr}")
+            buffer = mine.state[p].get("momentum_buffer")
+            if buffer is not None:
+                torch.testing.assert_close(buffer, theirs.state[q]["momentum_buffer"], rtol=2**-20, atol=2**-20)
+
+
+def test_a_checkpoint_of_timms_lars_loads() -> None:
+    params = make_params(SHAPES)
+    expected = copies(params)
+    options = {"momentum": 0.9, "weight_decay": 0.02, "trust_coeff": 0.02, "trust_clip": True}
+    theirs = Lars(expected, lr=0.3, **options)
+    set_grads(params, expected, seed=0)
+    theirs.step()
+    with torch.no_grad():
+        for p, q in zip(params, expected, strict=True):
+            p.copy_(q)
+    mine = FusedLARS(params, fused=True)
+    mine.load_state_dict(theirs.state_dict())
+    set_grads(params, expected, seed=1)
+    mine.step()
+    theirs.step()
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=2**-20, atol=2**-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=option_id)
+def test_fused_sgdw_equals_timms_to_the_bit(options: dict[str, Any], maximize: bool, dtype: torch.dtype) -> None:
+    params = make_params(SHAPES, dtype)
+    expected = copies(params)
+    mine = FusedSGD(params, lr=0.1, maximize=maximize, decoupled_weight_decay=True, fused=True, **options)
+    theirs = SGDW(expected, lr=0.1, maximize=maximize, **options)
+    for step in range(5):
+        mine.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 0.1 / (step + 1)
+        set_grads(params, expected, seed=step)
+        mine.step()
+        theirs.step()
+        assert_same(mine, theirs, params, expected, f"at step {step}")

@@ -1,0 +1,66 @@
+"""Copies and checkpoints: what torch would cast, copy or misunderstand on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fused_sgd.reference import is_unset
+from torch import Tensor
+
+# State that keeps the dtype it was saved in. torch casts to the parameter's: an average would lose bits.
+_KEPT = ("ema",)
+
+
+class _AsSaved:
+    """A state tensor on its way through torch's load_state_dict(), which casts tensors and leaves other objects."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def as_saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a state dict in which the tensors that are not to be cast are wrapped."""
+    state = {
+        number: {
+            key: _AsSaved(value) if key in _KEPT and isinstance(value, Tensor) else value for key, value in kept.items()
+        }
+        if isinstance(kept, dict)
+        else kept
+        for number, kept in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def unpack(state: dict[Any, Any]) -> None:
+    """Unwraps, in place, what :func:`as_saved` wrapped, and brings it to the parameter's device."""
+    for param, kept in state.items():
+        if not isinstance(kept, dict):
+            continue
+        for key, value in kept.items():
+            if isinstance(value, _AsSaved):
+                kept[key] = value.tensor.to(param.device)
+
+
+def holds_nothing(kept: Any) -> bool:
+    """Whether a parameter's state has a momentum buffer in which nothing was accumulated; waits for the GPU.
+
+    torch takes a buffer that is missing for a first step, and the NaN of one that is unset for a number. Buffers are
+    unset as a whole, so one element tells.
+    """
+    buffer = kept.get("momentum_buffer") if isinstance(kept, dict) else None
+    if type(buffer) is not Tensor or buffer.layout != torch.strided or not buffer.numel():
+        return False
+    if not (buffer.is_floating_point() or buffer.is_complex()):
+        return False
+    return bool(is_unset(buffer[(0,) * buffer.dim()]))
+
+
+class Shared:
+    """Something that copies of an optimizer share, as no process group can be copied."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
