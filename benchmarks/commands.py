@@ -25,6 +25,7 @@ COMMANDS = (
     "step",
     "curves",
     "training",
+    "around",
     "all",
     "report",
     "compare",
