@@ -40,7 +40,8 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build
 
 
-NATIVE_TESTS = ["formats", "blocks", "walk", "grid", "split", "master"]
+NATIVE_TESTS = ["formats", "blocks", "walk", "grid", "split", "master", "stochastic"]
+NATIVE_TESTS += [f"{test}_{isa}" for test in ("stochastic",) for isa in ("avx2", "avx512")]
 
 
 @pytest.mark.parametrize("test", NATIVE_TESTS)
