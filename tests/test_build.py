@@ -40,8 +40,8 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build
 
 
-NATIVE_TESTS = ["formats", "blocks", "walk", "grid", "split", "master", "stochastic"]
-NATIVE_TESTS += [f"{test}_{isa}" for test in ("stochastic",) for isa in ("avx2", "avx512")]
+NATIVE_TESTS = ["formats", "blocks", "walk", "grid", "split", "master", "stochastic", "int8"]
+NATIVE_TESTS += [f"{test}_{isa}" for test in ("stochastic", "int8") for isa in ("avx2", "avx512")]
 
 
 @pytest.mark.parametrize("test", NATIVE_TESTS)
