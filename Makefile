@@ -3,7 +3,9 @@
 #   make demo                trains on real data with torch's SGD and with ours, compares, draws runs/demo.png
 #   make test                the whole test suite
 #   make test-integrations   the same on torch $(TORCH_INTEGRATIONS), and tests with timm and torchvision
-#   make bench               benchmarks/step.py; QUICK=1 takes a minute
+#   make bench               measures every optimizer, 10 minutes at most; QUICK=1 takes one
+#   make bench-report        benchmarks/REPORT.md and its plots, from all files in benchmarks/results
+#   make gpu-check           what only an NVIDIA GPU can show: builds, tests, sanitizers, benchmark (tests/gpu_check.py)
 #   make lint                ruff, mypy and clang-format, as CI runs them
 #   make format              rewrites the sources as `make lint` wants them
 #   make clean               removes environments and builds
@@ -22,9 +24,9 @@ export FUSED_SGD_CUDA_ARCHS ?= 90
 
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard fused_sgd/*.py) \
            $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu)
-CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu) $(wildcard tests/native/*) $(wildcard benchmarks/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu) $(wildcard tests/native/*) $(wildcard benchmarks/peers/*.c*)
 
-.PHONY: demo test test-integrations bench lint format clean
+.PHONY: demo test test-integrations bench bench-report gpu-check lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -37,8 +39,15 @@ test: $(VENV)/installed
 test-integrations: $(VENV_INTEGRATIONS)/installed
 	$(VENV_INTEGRATIONS)/bin/pytest -n auto
 
-bench: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/step.py $(if $(QUICK),--quick)
+bench: $(VENV)/installed $(VENV)/peers
+	$(VENV)/bin/python -m benchmarks all $(if $(QUICK),--quick)
+
+bench-report: $(VENV)/dependencies
+	$(VENV)/bin/python -m benchmarks report
+
+# With the machine's own Python and torch: no environment is made, nothing is installed.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py --stages=$(STAGES) --out=$(or $(OUT),runs/gpu-check)
 
 lint: $(VENV)/installed $(VENV)/lint
 	$(VENV)/bin/ruff check .
@@ -66,6 +75,12 @@ $(VENV_INTEGRATIONS)/dependencies: requirements/build.txt requirements/test.txt 
 	$(PYTHON) -m venv $(VENV_INTEGRATIONS)
 	$(VENV_INTEGRATIONS)/bin/pip install $(PIP_FLAGS) torch==$(TORCH_INTEGRATIONS) \
 	    -r requirements/test.txt -r requirements/integrations.txt
+	touch $@
+
+# One by one: a peer that cannot be installed is a row that says so, and the others are measured.
+$(VENV)/peers: requirements/peers.txt $(VENV)/dependencies
+	grep -v '^#' requirements/peers.txt | while read -r peer; do \
+	    $(VENV)/bin/pip install $(PIP_FLAGS) --no-deps "$$peer" || echo "not installed: $$peer"; done
 	touch $@
 
 $(VENV)/lint: requirements/lint.txt $(VENV)/dependencies

@@ -9,24 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flat_loop import compiler
+
+from .peers.flat_cuda import nvcc
+from .peers.flat_loop import compiler
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def describe() -> dict[str, Any]:
+def describe(device: str = "cpu") -> dict[str, Any]:
     """Device, versions, compiler and commit."""
     commit, dirty = git_commit()
     return {
         "commit": commit,
         "dirty": dirty,
-        "device": {
-            "kind": "cpu",
-            "name": cpu_name(),
-            "cores": cores(),
-            "last_level_cache_bytes": last_level_cache_bytes(),
-            "driver": None,
-        },
+        "device": gpu() if device == "cuda" else cpu(),
+        "host": cpu_name(),
         "load_average": load_average(),  # before the run: what others ask of the cores
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -35,8 +32,47 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "fused_sgd": fused_sgd(),
         "compiler": _first_line(compiler(), "--version"),
+        "nvcc": _last_line(nvcc(), "--version") if device == "cuda" else None,
         "openmp_runtimes": len(openmp_runtimes()),
     }
+
+
+def cpu() -> dict[str, Any]:
+    """The CPU as a device."""
+    return {
+        "kind": "cpu",
+        "name": cpu_name(),
+        "cores": cores(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "driver": None,
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The current CUDA device."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "kind": "cuda",
+        "name": properties.name,
+        "cores": cores(),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "last_level_cache_bytes": properties.L2_cache_size,
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that could still be taken, or None where nobody tells."""
+    if device == "cuda":
+        free: int = torch.cuda.mem_get_info()[0]
+        return free
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def fused_sgd() -> dict[str, str | None]:
@@ -95,13 +131,20 @@ def git_commit() -> tuple[str | None, bool | None]:
     commit = _first_line("git", "-C", str(CHECKOUT), "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    status = ("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    status = ("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/REPORT.md")
     return commit, _first_line("git", "-C", str(CHECKOUT), *status) is not None
 
 
 def _first_line(*command: str) -> str | None:
+    return next(iter(_lines(command)), None)
+
+
+def _last_line(*command: str) -> str | None:
+    return next(iter(reversed(_lines(command))), None)
+
+
+def _lines(command: tuple[str, ...]) -> list[str]:
     try:
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return next(iter(output.splitlines()), None)
+        return []

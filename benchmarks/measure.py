@@ -10,32 +10,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Protocol
 
-Step = Callable[[], object]
-
-
-class Clock(Protocol):
-    """What a step's time means. A device's own clock would be another class, and nothing else would change."""
-
-    name: str
-
-    def seconds(self, step: Step, repeats: int) -> float:
-        """The time of one step, taken over so many."""
-
-
-class WallClock:
-    """The time until ``step()`` returns, which on a CPU is when its work is done."""
-
-    name = "wall"
-
-    def seconds(self, step: Step, repeats: int) -> float:
-        """The time of one step, taken over so many."""
-        begin = time.perf_counter_ns()
-        for _ in repeat(None, repeats):
-            step()
-        return (time.perf_counter_ns() - begin) * 1e-9 / repeats
+from .clocks import Clock, Timed
 
 
 @dataclass(frozen=True)
@@ -50,11 +26,12 @@ class Effort:
     seconds: float
 
 
-FULL = Effort(min_rounds=15, max_rounds=100, seconds=6.0)
+FULL = Effort(min_rounds=7, max_rounds=100, seconds=6.0)
 QUICK = Effort(min_rounds=5, max_rounds=20, seconds=0.7)
 
 _WARM_UP_STEPS = 3  # state is made, caches and plans are filled, threads are started
 _PATIENCE = 4
+_REHEARSED_SECONDS = 0.02  # shorter samples have an untimed step before them
 _SAMPLE_SECONDS = 1e-3  # shorter steps are repeated until a sample takes this long
 
 
@@ -70,6 +47,10 @@ class Quartiles:
     def of(cls, values: list[float]) -> Quartiles:
         """Of at least two values."""
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    def scaled(self, factor: float) -> Quartiles:
+        """In another unit."""
+        return Quartiles(self.q1 * factor, self.median * factor, self.q3 * factor)
 
 
 @dataclass(frozen=True)
@@ -88,43 +69,51 @@ class Samples:
         return Quartiles.of([a / b for a, b in zip(self.seconds, other.seconds, strict=True)])
 
 
+def warm_up(timed: Timed, clock: Clock) -> int:
+    """Steps until state is made and caches are filled; returns how many steps make a sample."""
+    for _ in range(_WARM_UP_STEPS):
+        timed(1)
+    fastest = max(min(timed(1) for _ in range(_WARM_UP_STEPS)), 1e-9)
+    return max(1, min(math.ceil(_SAMPLE_SECONDS / fastest), clock.max_repeats))
+
+
 def measure(
-    steps: Mapping[str, Step], clock: Clock, effort: Effort, on_round: Callable[[int], None] = lambda _: None
+    timed: Mapping[str, Timed],
+    repeats: Mapping[str, int],
+    effort: Effort,
+    on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Samples]:
     """Times every step once a round, in an order drawn anew each time so that none always follows the same one.
 
     Args:
-        steps: by the peer's name.
-        clock: what is read.
+        timed: by the peer's name.
+        repeats: steps in a sample, by the peer's name.
         effort: how many rounds.
         on_round: called after each round with how many are done.
 
     Returns:
         Samples by the peer's name.
     """
-    repeats = {}
-    for name, step in steps.items():
-        for _ in range(_WARM_UP_STEPS):
-            step()
-        fastest = min(clock.seconds(step, 1) for _ in range(_WARM_UP_STEPS))
-        repeats[name] = max(1, math.ceil(_SAMPLE_SECONDS / fastest))
-
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    order = list(timed)
     shuffle = random.Random(0).shuffle
     with _no_garbage_collection():
         begin = time.perf_counter()
         for done in range(1, effort.max_rounds + 1):
             shuffle(order)
             for name in order:
-                seconds[name].append(clock.seconds(steps[name], repeats[name]))
+                # The peer before has filled the caches. Short samples have many steps and long ones few, so the first
+                # step's misses would weigh differently on each.
+                if not seconds[name] or seconds[name][-1] * repeats[name] < _REHEARSED_SECONDS:
+                    timed[name](1)
+                seconds[name].append(timed[name](repeats[name]))
             on_round(done)
             elapsed = time.perf_counter() - begin
             if elapsed > effort.seconds and done >= effort.min_rounds:
                 break
             if elapsed > _PATIENCE * effort.seconds and done >= 3:
                 break
-    return {name: Samples(seconds[name], repeats[name]) for name in steps}
+    return {name: Samples(seconds[name], repeats[name]) for name in timed}
 
 
 @contextlib.contextmanager

@@ -1,111 +1,84 @@
-"""What a person sees: a table for each configuration, and the key ratios at the end."""
+"""Makes benchmarks/REPORT.md and its plots from all result files: the same text from the same files, always.
+
+    python -m benchmarks report            writes them
+    python -m benchmarks report --check    only says whether REPORT.md is what the files give; draws nothing
+
+A section shows, of each machine and torch, the newest full run (or the newest quick one where there is no full one).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import groupby
-from typing import Any
+import argparse
+import sys
+from pathlib import Path
 
-from measure import Quartiles
-from results import Row
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from . import commands
+from .errors import UserError
+from .files import Run, read_folder
+from .markdown import table
+from .options import RESULTS
+from .plots import Plots
 
-_BUSY = 0.5  # load average
-_SUMMARY_PEERS = ("fused", "foreach", "loop")
+HELP = "makes REPORT.md and its plots from all result files"
 
+_INTRODUCTION = """\
+# Benchmark report
 
-def make_console() -> Console:
-    """As wide as the terminal; where there is none, as wide as the tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
-def show_header(console: Console, header: Mapping[str, Any]) -> None:
-    """What is measured, and where."""
-    device, ours = header["device"], header["fused_sgd"]
-    commit = f"{(header['commit'] or 'unknown')[:7]}{' with changes' if header['dirty'] else ''}"
-    console.print(f"[bold]{device['name']}[/], {device['cores']} cores · torch {header['torch']} · commit {commit}")
-    if ours["missing"]:
-        console.print(f"[yellow]fused_sgd's compiled module is missing: {escape(ours['missing'])}")
-    else:
-        console.print(f"fused_sgd {ours['version']} ({ours['instruction_set']})")
-    if (header["load_average"] or 0) > _BUSY:
-        console.print(
-            f"[yellow]Others use this machine (load average {header['load_average']:.1f}): expect wide quartiles, and"
-            " with several threads figures many times too large, since each waits for the slowest.",
-            soft_wrap=True,
-        )
+Made by `python -m benchmarks report` from the files in `{folder}`; edit nothing here. How things are measured:
+`python -m benchmarks step --help`. Figures are medians; a ratio is another optimizer's time over FusedSGD's, taken
+round by round (above 1: FusedSGD is faster). GB/s count the bytes that a step must move, whatever a peer really moves.
+A CPU that copies also reads the lines it writes, so that a step can be faster than a copy there. A peer whose result
+differs from float64 is shown as wrong and is not timed.
+"""
 
 
-def show_configuration(console: Console, rows: list[Row]) -> None:
-    """One table: the peers of a configuration."""
-    it = rows[0].configuration
-    console.print(
-        f"\n[bold]{it}[/]   {it.description}: {it.tensors} tensors, {it.elements / 1e6:.4g} M elements,"
-        f" working set {it.working_set_bytes / 1e6:.4g} MB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = _table("peer", "step", "quartiles", "time / ours", "quartiles", "GB/s", "% of ceiling", left=("peer",))
-    for row in rows:
-        name = row.peer if row.role in ("peer", "ours") else f"{row.peer} ({row.role})"
-        if row.microseconds is None:
-            table.add_row(name, f"[red]{row.status}")
-            continue
-        time, times = _time(row.microseconds.median), f"{_time(row.microseconds.q1)} – {_time(row.microseconds.q3)}"
-        ratio = ratios = ""
-        if row.ratio_to_ours is not None and row.role != "ours":
-            ratio = _ratio(row.ratio_to_ours.median)
-            ratios = f"{_ratio(row.ratio_to_ours.q1)} – {_ratio(row.ratio_to_ours.q3)}"
-        speed = "" if row.gb_per_second is None else f"{row.gb_per_second:.1f}"
-        percent = "" if row.role == "ceiling" else _percent(row.percent_of_ceiling)
-        table.add_row(name, time, times, ratio, ratios, speed, percent, style="bold" if row.role == "ours" else "")
-    console.print(table)
-    for row in rows:
-        if row.reason:
-            console.print(f"  [red]{row.peer} {row.status}[/]: {escape(row.reason)}", soft_wrap=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if REPORT.md is not what the files give")
 
 
-def show_summary(console: Console, rows: list[Row]) -> None:
-    """One line for each configuration: how many times ours the others take."""
-    console.print("\n[bold]Summary[/]   medians; the peers as time / ours")
-    table = _table("shapes", "dtype", "threads", "ours", "% of ceiling", *_SUMMARY_PEERS, left=("shapes", "dtype"))
-    for it, group in groupby(rows, key=lambda row: row.configuration):
-        by_peer = {row.peer: row for row in group}
-        ours = by_peer.get("ours")
-        time = percent = ""
-        if ours is not None:
-            time = f"[red]{ours.status}" if ours.microseconds is None else _time(ours.microseconds.median)
-            percent = _percent(ours.percent_of_ceiling)
-        ratios = [_summary_ratio(by_peer.get(peer)) for peer in _SUMMARY_PEERS]
-        table.add_row(it.shapes, it.dtype, str(it.threads), time, percent, *ratios)
-    console.print(table)
+def run(given: argparse.Namespace) -> int:
+    """Writes or checks the report; returns the exit status."""
+    runs = read_folder(given.results)
+    # Beside the results: a run elsewhere does not overwrite what is committed.
+    folder = given.results.resolve().parent if given.results.resolve() == RESULTS else given.results.resolve()
+    file = folder / "REPORT.md"
+    text = make(runs, Plots(folder / "plots", draw=not given.check))
+    if given.check:
+        if file.exists() and file.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"{file} is not what {given.results} gives; run: python -m benchmarks report", file=sys.stderr)
+        return 1
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    print(f"Written to {file}")
+    return 0
 
 
-def _table(*headings: str, left: tuple[str, ...]) -> Table:
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
-    return table
+def make(runs: list[Run], plots: Plots) -> str:
+    """The report's text; the plots are drawn on the way."""
+    parts = [_INTRODUCTION.format(folder="benchmarks/results"), "## Runs\n", _runs(runs)]
+    for name in commands.COMMANDS:
+        section = getattr(commands.load(name), "report_section", None)
+        if section is not None:
+            parts.append(section(runs, plots))
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts if part)
 
 
-def _summary_ratio(row: Row | None) -> str:
-    if row is None:
-        return ""
-    if row.status != "ok":
-        return f"[red]{row.status}"
-    return "" if row.ratio_to_ours is None else _ratio(row.ratio_to_ours.median)
-
-
-def _time(microseconds: float) -> str:
-    return f"{microseconds:.1f} µs" if microseconds < 1e3 else f"{microseconds / 1e3:.2f} ms"
-
-
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
-
-
-def _percent(quartiles: Quartiles | None) -> str:
-    return "" if quartiles is None else f"{quartiles.median:.0f}"
+def _runs(runs: list[Run]) -> str:
+    rows = [
+        [
+            f"[{run.benchmark}](results/{run.file.name})",
+            run.header["date"][:10],
+            run.machine,
+            str(run.header["device"].get("driver") or ""),
+            run.header["torch"],
+            (run.header["commit"] or "unknown")[:7] + (" + changes" if run.header["dirty"] else ""),
+            "quick" if run.header["quick"] else "full",
+        ]
+        for run in reversed(runs)
+    ]
+    return table(["run", "date", "device", "driver", "torch", "commit", "kind"], rows, left=7)

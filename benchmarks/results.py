@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from measure import Quartiles, Samples
-from verify import Check
-from workload import Workload
+from .footprint import Footprint
+from .measure import Quartiles, Samples
+from .peers import CEILING, COPY, OURS, PEERS
+from .verify import Check
+from .workload import Workload
 
-PROTOCOL = 1
-"""Raised when figures of older files can no longer be compared with new ones."""
+PROTOCOL = 2
+"""Raised when files change. ``files.py`` reads the older ones.
 
-OURS, CEILING = "ours", "flat"
-ROLES = {OURS: "ours", "nothing": "floor", CEILING: "ceiling"}  # all others are peers
+1   wall time on a CPU; torch's own peers
+2   more clocks and peers, a copy as a second ceiling, footprints; curves and training beside steps
+"""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,13 @@ class Configuration:
     dtype: str
     threads: int
     clock: str
+    curve: str | None = None  # what varies in it, and its value here
+    x: float | None = None
 
     @classmethod
-    def of(cls, workload: Workload, threads: int, clock: str) -> Configuration:
+    def of(
+        cls, workload: Workload, threads: int, clock: str, curve: str | None = None, x: float | None = None
+    ) -> Configuration:
         """Describes a workload."""
         it = workload.shape_set
         item = workload.dtype.itemsize
@@ -50,15 +57,18 @@ class Configuration:
             dtype=str(workload.dtype).removeprefix("torch."),
             threads=threads,
             clock=clock,
+            curve=curve,
+            x=x,
         )
 
     def __str__(self) -> str:
-        return f"{self.shapes} · {self.dtype} · {self.threads} thread{'s' if self.threads > 1 else ''}"
+        clock = "" if self.clock == "wall" else f" · {self.clock} time"
+        return f"{self.shapes} · {self.dtype} · {self.threads} thread{'s' if self.threads > 1 else ''}{clock}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer in one configuration. ``status`` is ok, wrong (its result) or failed (to run)."""
+    """One peer in one configuration. ``status`` is ok, wrong (its result), failed (with an error) or skipped."""
 
     configuration: Configuration
     peer: str
@@ -66,48 +76,52 @@ class Row:
     status: str
     reason: str | None = None
     error: float | None = None  # of its result against float64
+    writes_gradients: bool = False
     rounds: int | None = None
     repeats: int | None = None
     microseconds: Quartiles | None = None
     ratio_to_ours: Quartiles | None = None  # above 1: slower than ours
     percent_of_ceiling: Quartiles | None = None
+    percent_of_copy: Quartiles | None = None
     gb_per_second: float | None = None  # of the floor's bytes, whatever the peer really moves
+    host_bound: bool = False  # a device time that waits for the host are part of
+    buffer_sets: int = 1  # stepped in turn
+    footprint: Footprint = field(default_factory=Footprint)
 
     @classmethod
-    def of(cls, configuration: Configuration, peer: str, check: Check, samples: Mapping[str, Samples]) -> Row:
+    def of(
+        cls, configuration: Configuration, peer: str, check: Check, samples: Mapping[str, Samples], **more: Any
+    ) -> Row:
         """The row of a peer; its figures are empty if it was not timed."""
-        role = ROLES.get(peer, "peer")
-        row = cls(configuration, peer, role, check.status, check.reason, check.error)
+        role = PEERS[peer].role
+        row = cls(configuration, peer, role, check.status, check.reason, check.error, check.writes_gradients, **more)
         own = samples.get(peer)
         if own is None:
             return row
         time = own.quartiles()
-        row = replace(row, rounds=len(own.seconds), repeats=own.repeats, microseconds=_scaled(time, 1e6))
+        row = replace(row, rounds=len(own.seconds), repeats=own.repeats, microseconds=time.scaled(1e6))
         if OURS in samples:
             row = replace(row, ratio_to_ours=own.ratio_to(samples[OURS]))
         if role != "floor":  # which moves no bytes
             row = replace(row, gb_per_second=configuration.floor_bytes / time.median * 1e-9)
             if CEILING in samples:
-                row = replace(row, percent_of_ceiling=_scaled(samples[CEILING].ratio_to(own), 100))
+                row = replace(row, percent_of_ceiling=samples[CEILING].ratio_to(own).scaled(100))
+            if COPY in samples:
+                row = replace(row, percent_of_copy=samples[COPY].ratio_to(own).scaled(100))
         return row
 
     def as_json(self) -> dict[str, Any]:
         """Flat but for the quartiles."""
         row = asdict(self)
-        return {**row.pop("configuration"), **row}
+        return {**row.pop("configuration"), **row, **row.pop("footprint")}
 
 
-def _scaled(quartiles: Quartiles, factor: float) -> Quartiles:
-    return Quartiles(quartiles.q1 * factor, quartiles.median * factor, quartiles.q3 * factor)
-
-
-def write(folder: Path, header: Mapping[str, Any], rows: list[Row]) -> Path:
+def write(folder: Path, header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Path:
     """Writes one file for the run: all of it, or none."""
     stamp = header["date"].replace("-", "").replace(":", "")
-    name = f"step-{header['device']['kind']}-{stamp}-{(header['commit'] or 'unknown')[:7]}.json"
-    text = json.dumps(
-        {"protocol": PROTOCOL, **header, "rows": [_rounded(row.as_json()) for row in rows]}, indent=1, allow_nan=False
-    )
+    commit = (header["commit"] or "unknown")[:7]
+    name = f"{header['benchmark']}-{header['device']['kind']}-{stamp}-{commit}.json"
+    text = json.dumps({"protocol": PROTOCOL, **header, "rows": _rounded(rows)}, indent=1, allow_nan=False)
     unfinished = folder / f".{name}.unfinished"
     try:
         unfinished.write_text(text + "\n")
@@ -120,4 +134,6 @@ def _rounded(value: Any) -> Any:
     """Five digits: more would only pretend."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value

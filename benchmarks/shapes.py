@@ -13,23 +13,19 @@ class ShapeSet:
     """The shapes of a model's parameters, in the order of its ``parameters()``.
 
     ``offsets`` puts tensor i at that element of its storage, which misaligns it; none means a storage of its own.
+    ``param_groups`` is how many the optimizer is given, each with about as many tensors.
     """
 
     name: str
     description: str
     shapes: tuple[Shape, ...]
     offsets: tuple[int, ...] = ()
-    group_per_tensor: bool = False
+    param_groups: int = 1
 
     @property
     def elements(self) -> int:
         """Of all tensors together."""
         return sum(prod(shape) for shape in self.shapes)
-
-    @property
-    def param_groups(self) -> int:
-        """How many the optimizer is given."""
-        return len(self.shapes) if self.group_per_tensor else 1
 
     def offset(self, index: int) -> int:
         """The element of its storage at which tensor ``index`` begins."""
@@ -38,7 +34,7 @@ class ShapeSet:
     def capped(self, elements: int) -> ShapeSet:
         """The same set with no tensor above so many elements: as many dimensions and offsets, smaller sizes."""
         shapes = tuple(_capped(shape, elements) for shape in self.shapes)
-        return ShapeSet(self.name, self.description, shapes, self.offsets, self.group_per_tensor)
+        return ShapeSet(self.name, self.description, shapes, self.offsets, self.param_groups)
 
 
 def _capped(shape: Shape, elements: int) -> Shape:
@@ -125,7 +121,7 @@ _ALL = (
     ShapeSet("one100m", "one tensor of 100 M", ((100_000_000,),)),
     ShapeSet("resnet20", "ResNet-20 for CIFAR-10", tuple(_resnet20())),
     ShapeSet("tiny161", "161 tensors of 16", 161 * ((16,),)),
-    ShapeSet("tiny161_groups", "161 tensors of 16, a param group each", 161 * ((16,),), group_per_tensor=True),
+    ShapeSet("tiny161_groups", "161 tensors of 16, a param group each", 161 * ((16,),), param_groups=161),
     ShapeSet("many1000", "1000 tensors of 256", 1000 * ((256,),)),
     ShapeSet(
         "odd", "odd sizes, misaligned views", tuple(shape for shape, _ in _ODD), tuple(offset for _, offset in _ODD)

@@ -4,9 +4,10 @@ import warnings
 
 from fused_sgd._native import C, why_missing
 from fused_sgd._version import __version__
+from fused_sgd.lars import FusedLARS, param_groups
 from fused_sgd.optimizer import FusedSGD
 
-__all__ = ["FusedSGD", "__version__"]
+__all__ = ["FusedLARS", "FusedSGD", "__version__", "param_groups"]
 
 if C is None:
     warnings.warn(

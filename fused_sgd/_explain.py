@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fused_sgd._judge import Group, choose, momentum_buffer
+from fused_sgd._judge import Group, choose, state_tensors
 from torch import Tensor
 
 
@@ -45,11 +45,11 @@ def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
     for number, group in enumerate(groups):
         names = group.get("param_names")
         for index, param in enumerate(group["params"]):
-            buffer = momentum_buffer(state, param) if group["momentum"] != 0 else None
-            path, reason = choose(group, param, param.grad, buffer)
+            kept = state_tensors(group, param, state)
+            path, reason, *_ = choose(group, param, param.grad, kept)
             if param.grad is None:
                 reason = f"provisional: no gradient yet{'; ' if reason else ''}{reason}"
-            key = (number, str(param.device), _dtypes(param, buffer), path, reason)
+            key = (number, str(param.device), _dtypes(param, kept.get("momentum_buffer")), path, reason)
             members.setdefault(key, []).append(names[index] if names else f"parameter {index}")
     return Explanation(
         Row(*key, parameters=len(found), names=tuple(found[:_SHOWN_NAMES])) for key, found in members.items()

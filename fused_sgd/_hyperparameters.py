@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fused_sgd._native import C, why_missing
@@ -15,6 +16,8 @@ def check_defaults(defaults: dict[str, Any]) -> None:
     for key, name in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
         if defaults[key] < 0.0:
             raise ValueError(f"Invalid {name}: {defaults[key]}")
+    if defaults["decoupled_weight_decay"] and "trust_coeff" in defaults:
+        raise ValueError("`decoupled_weight_decay` and a trust ratio exclude each other")
     if defaults["nesterov"] and (defaults["momentum"] <= 0 or defaults["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     check_path(defaults)
@@ -34,6 +37,37 @@ def check_numbers(options: dict[str, Any], where: str = "") -> None:
             raise TypeError(f"{key} must be a number, and is {value!r}{where}") from error
         if is_nan:
             raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {value}{where}")
+    _check_range(options, "max_grad_norm", "positive", lambda norm: norm > 0, where)
+    _check_range(options, "ema_decay", "in [0, 1)", lambda decay: 0 <= decay < 1, where)
+    for key in ("trust_coeff", "eps"):
+        _check_range(options, key, "a number that is not NaN", lambda value: not math.isnan(value), where)
+    if options.get("decoupled_weight_decay") and "trust_coeff" in options:
+        raise ValueError(f"`decoupled_weight_decay` and a trust ratio exclude each other{where}")
+
+
+def _check_range(
+    options: dict[str, Any], key: str, range_text: str, is_good: Callable[[float], bool], where: str
+) -> None:
+    value = options.get(key)
+    if value is None:
+        return
+    try:
+        good = is_good(float(value))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{key} must be a number, and is {value!r}{where}") from error
+    if not good:
+        raise ValueError(f"Invalid {key}: {value}; it must be {range_text}{where}")
+
+
+def check_same(groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError where an option of the whole optimizer differs between param groups."""
+    for key in ("max_grad_norm", "skip_nonfinite"):
+        for number, group in enumerate(groups):
+            if group[key] != groups[0][key]:
+                raise ValueError(
+                    f"{key} holds for the whole optimizer, and is {groups[0][key]} in param group 0 and {group[key]} in"
+                    f" param group {number}"
+                )
 
 
 def check_grad_scale(grad_scale: Any) -> float | None:
@@ -57,6 +91,10 @@ def check_one_element(name: str, value: Any) -> None:
 
 def check_path(options: dict[str, Any]) -> None:
     """Raises RuntimeError for path options that exclude each other or cannot be honoured."""
+    if options["foreach"]:
+        for key in ("decoupled_weight_decay", "ema_decay", "trust_coeff"):
+            if options.get(key):
+                raise RuntimeError(f"`foreach=True` is torch's own implementation, which has no `{key}`")
     if not options["fused"]:
         return
     if options["differentiable"]:

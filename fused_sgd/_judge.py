@@ -18,6 +18,8 @@ Group = dict[str, Any]
 class Judgement(NamedTuple):
     path: str  # "kernel", "foreach" or "reference"
     reason: str  # why it is not the kernel, or how the kernel takes it; may be empty
+    combination: int = -1  # the kernel's number for the storage formats
+    keys: tuple[tuple[str, int], ...] = ()  # of the state, and their columns in the kernel's table
 
 
 def describe(tensor: Tensor) -> str:
@@ -33,14 +35,29 @@ def place(groups: list[Group], group: int, index: int) -> str:
     return f"param group {group}, parameter {index}{name} ({describe(groups[group]['params'][index])})"
 
 
-def momentum_buffer(state: dict[Tensor, Any], param: Tensor) -> Tensor | None:
-    """The parameter's momentum buffer, without creating an entry for it."""
+def state_tensor(state: dict[Tensor, Any], param: Tensor, key: str) -> Tensor | None:
+    """A tensor of the parameter's state, without creating an entry for it."""
     inner = state.get(param)
     if inner is None:
         return None
     if not isinstance(inner, dict):
         raise TypeError(f"the state of a parameter ({describe(param)}) must be a dict, and is {inner!r}")
-    return inner.get("momentum_buffer")
+    return inner.get(key)
+
+
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's moving average."""
+    if dtype.is_complex:
+        return torch.complex128 if dtype == torch.complex128 else torch.complex64
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def state_tensors(options: Group, param: Tensor, state: dict[Tensor, Any]) -> dict[str, Tensor | None]:
+    """What a step with these options keeps of a parameter: by key, None where it is not there yet."""
+    keys = ["momentum_buffer"] if options["momentum"] != 0 else []
+    if options["ema_decay"] is not None:
+        keys.append("ema")
+    return {key: state_tensor(state, param, key) for key in keys}
 
 
 def gradient(param: Tensor) -> Tensor:
@@ -75,11 +92,11 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     options = groups[group]
     param: Tensor = options["params"][index]
     grad = gradient(param)
-    buffer = momentum_buffer(state, param) if options["momentum"] != 0 else None
-    problem = _unsound(options, param, grad, buffer)
+    kept = state_tensors(options, param, state)
+    problem = _unsound(options, param, grad, kept)
     if problem:
         raise RuntimeError(f"{place(groups, group, index)}: {problem}")
-    judgement = choose(options, param, grad, buffer)
+    judgement = choose(options, param, grad, kept)
     if options["fused"] and judgement.path != "kernel":
         raise RuntimeError(
             f"{place(groups, group, index)}: `fused=True` cannot be honoured: {judgement.reason}."
@@ -88,7 +105,7 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     return judgement
 
 
-def choose(options: Group, param: Tensor, grad: Tensor | None, buffer: Tensor | None) -> Judgement:
+def choose(options: Group, param: Tensor, grad: Tensor | None, kept: dict[str, Tensor | None]) -> Judgement:
     """The path of one sound parameter; ``grad`` is None for a forecast."""
     if options["foreach"]:
         return Judgement("foreach", "foreach=True")
@@ -101,13 +118,24 @@ def choose(options: Group, param: Tensor, grad: Tensor | None, buffer: Tensor | 
     for key in ("lr", "weight_decay"):
         if isinstance(options[key], Tensor) and options[key].requires_grad:
             return Judgement("reference", f"{key} requires a gradient")
-    obstacle = _kernel_obstacle(param, grad, buffer)
+    tensors: dict[str, Tensor | None] = {"parameter": param, "gradient": grad, **kept}
+    obstacle = _kernel_obstacle(tensors)
     if obstacle:
         return Judgement("reference", obstacle)
-    return Judgement("kernel", _through_copies(local(param), grad, buffer))
+    dtypes = [param.dtype if (tensor := tensors.get(role)) is None else tensor.dtype for role in _FORMATS]
+    combination = C.combination(*dtypes)
+    if combination < 0:
+        return Judgement("reference", "there is no kernel for parameter {}, gradient {}, momentum {}".format(*dtypes))
+    momentum_column, ema_column = C.state_columns(combination)
+    columns = {"momentum_buffer": momentum_column, "ema": ema_column}
+    keys = tuple((key, columns[key]) for key in kept)
+    return Judgement("kernel", _through_copies(tensors), combination, keys)
 
 
-def _unsound(options: Group, param: Tensor, grad: Tensor, buffer: Tensor | None) -> str:
+_FORMATS = ("parameter", "gradient", "momentum_buffer")
+
+
+def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor | None]) -> str:
     """What is wrong with the input, or an empty string."""
     if param.is_quantized or not (param.is_floating_point() or param.is_complex()):
         return "only floating-point and complex parameters can be optimized"
@@ -121,29 +149,37 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, buffer: Tensor | None)
         return f"its gradient is complex and it is real ({describe(grad)})"
     if grad.is_sparse and options["weight_decay"] != 0:
         return "weight_decay does not support sparse gradients, in torch.optim.SGD neither"
+    if grad.is_sparse and (options["ema_decay"] is not None or "trust_coeff" in options):
+        return "neither ema_decay nor a trust ratio supports sparse gradients"
     if param.itemsize == 1:
         return f"there is no arithmetic in {param.dtype}"
-    for role, tensor in (("it", param), ("its momentum_buffer", buffer)):
+    for role, tensor in (("it", param), *((f"its {key}", tensor) for key, tensor in kept.items())):
         if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
             return f"{role} is an inference tensor, which cannot be updated outside torch.inference_mode()"
     if _shares_elements(param):
         return "elements of it share memory (an expanded tensor?); give the optimizer a tensor of its own, by clone()"
-    if buffer is None:
-        return ""
-    if not isinstance(buffer, Tensor):
-        return f"its momentum_buffer is {buffer!r}, no tensor"
-    if buffer.shape != param.shape:
-        return (
-            f"its momentum_buffer has another shape ({describe(buffer)}); was it loaded from another model, or resized?"
-        )
-    if buffer.device != param.device:
-        return f"its momentum_buffer is on another device ({describe(buffer)})"
-    if not (buffer.is_floating_point() or buffer.is_complex()) or buffer.is_complex() != param.is_complex():
-        return f"its momentum_buffer has a dtype that cannot hold it ({describe(buffer)})"
-    if buffer.is_sparse and not grad.is_sparse:
-        return f"its momentum_buffer is sparse and its gradient is not; make the buffer dense ({describe(buffer)})"
-    if _shares_elements(buffer):
-        return f"elements of its momentum_buffer share memory ({describe(buffer)})"
+    for key, tensor in kept.items():
+        if tensor is not None and (problem := _unsound_state(key, tensor, param, grad)):
+            return problem
+    return ""
+
+
+def _unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
+    """What is wrong with a tensor of a parameter's state, or an empty string."""
+    if not isinstance(tensor, Tensor):
+        return f"its {key} is {tensor!r}, no tensor"
+    if tensor.shape != param.shape:
+        return f"its {key} has another shape ({describe(tensor)}); was it loaded from another model, or resized?"
+    if tensor.device != param.device:
+        return f"its {key} is on another device ({describe(tensor)})"
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_complex() != param.is_complex():
+        return f"its {key} has a dtype that cannot hold it ({describe(tensor)})"
+    if key == "ema" and tensor.dtype != average_dtype(param.dtype):
+        return f"its ema must be {average_dtype(param.dtype)} ({describe(tensor)})"
+    if tensor.is_sparse and not grad.is_sparse:
+        return f"its {key} is sparse and its gradient is not; make it dense ({describe(tensor)})"
+    if _shares_elements(tensor):
+        return f"elements of its {key} share memory ({describe(tensor)})"
     return ""
 
 
@@ -151,10 +187,11 @@ def _shares_elements(tensor: Tensor) -> bool:
     return C is not None and C.is_plain(local(tensor)) and C.overlaps_itself(local(tensor))
 
 
-def _kernel_obstacle(param: Tensor, grad: Tensor | None, buffer: Tensor | None) -> str:
+def _kernel_obstacle(tensors: dict[str, Tensor | None]) -> str:
     """Why the kernel cannot take a parameter, or an empty string."""
     assert C is not None
-    tensors = {"parameter": param, "gradient": grad, "momentum_buffer": buffer}
+    param = tensors["parameter"]
+    assert param is not None
     for role, tensor in tensors.items():
         if tensor is None:
             continue
@@ -171,24 +208,22 @@ def _kernel_obstacle(param: Tensor, grad: Tensor | None, buffer: Tensor | None) 
         if not C.is_plain(local(tensor)):
             return f"the {role} is no ordinary tensor ({type(tensor).__name__}, {tensor.dtype})"
     sharded = dtensor(param)
-    for role in ("gradient", "momentum_buffer"):
-        tensor = tensors[role]
-        if tensor is None:
+    for role, tensor in tensors.items():
+        if tensor is None or role == "parameter":
             continue
         other = dtensor(tensor)
         if (sharded is None) != (other is None):
             return f"of the parameter and its {role}, only one is a DTensor"
         if other is not None and (other.device_mesh, other.placements) != (sharded.device_mesh, sharded.placements):
             return f"the {role} is placed as {other.placements}, the parameter as {sharded.placements}"
-    grad_dtype = param.dtype if grad is None else grad.dtype
-    buffer_dtype = param.dtype if buffer is None else buffer.dtype
-    if not C.supports(param.dtype, grad_dtype, buffer_dtype):
-        return f"there is no kernel for parameter {param.dtype}, gradient {grad_dtype}, momentum {buffer_dtype}"
     return ""
 
 
-def _through_copies(param: Tensor, grad: Tensor | None, buffer: Tensor | None) -> str:
+def _through_copies(tensors: dict[str, Tensor | None]) -> str:
     """Which tensors the kernel reaches through a copy, for explain()."""
     assert C is not None
-    staged = C.staged(param, None if grad is None else local(grad), None if buffer is None else local(buffer))
+    param = tensors["parameter"]
+    assert param is not None
+    there = [(role, tensor) for role, tensor in tensors.items() if tensor is not None]
+    staged = [role for role, tensor in there if C.is_staged(local(param), local(tensor))]
     return f"{' and '.join(staged)} in other strides, through a copy" if staged else ""

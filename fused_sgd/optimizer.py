@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, overload
 
 import torch
+from fused_sgd._elsewhere import step_elsewhere
 from fused_sgd._explain import Explanation, explain
 from fused_sgd._hyperparameters import (
     check_defaults,
@@ -15,14 +16,16 @@ from fused_sgd._hyperparameters import (
     check_numbers,
     check_one_element,
     check_path,
+    check_same,
 )
-from fused_sgd._judge import Group, gradient, judge, local, momentum_buffer, place
+from fused_sgd._judge import gradient, judge, place, state_tensor
 from fused_sgd._native import C
+from fused_sgd._new_state import new_average, new_momentum_buffer
+from fused_sgd._norms import Reduce, make_reduce, squares
 from fused_sgd._state import State
-from fused_sgd.reference import sgd_update, unscaled
+from fused_sgd.reference import is_unset
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.optim.sgd import sgd as torch_sgd
 
 if C is not None:
     _step = C.step
@@ -33,7 +36,9 @@ else:
 
 
 # What decides HOW a group is stepped belongs to the running optimizer, not to a checkpoint.
-_PATH_KEYS = ("fused", "foreach", "differentiable")
+_PATH_KEYS = ("fused", "foreach", "differentiable", "ema_decay")
+# Keys that torch.optim.SGD does not have, and what they are when they are off: a checkpoint then goes without them.
+_OFF = {"decoupled_weight_decay": False, "max_grad_norm": None, "skip_nonfinite": False, "ema_decay": None}
 
 
 class FusedSGD(Optimizer):
@@ -56,6 +61,18 @@ class FusedSGD(Optimizer):
         fused: ``None`` for the kernel wherever it applies and the reference elsewhere, decided per parameter;
             ``True`` for the kernel or an error; ``False`` for the reference. With ``True``, a
             :class:`torch.amp.GradScaler` leaves unscaling and skipping to the step.
+        decoupled_weight_decay: SGDW: the parameter is multiplied by ``1 - lr * weight_decay`` before the step, and the
+            gradient has no penalty.
+        max_grad_norm: clips the gradients by their global L2 norm, over all groups and devices and after unscaling, as
+            :func:`torch.nn.utils.clip_grad_norm_` does, but inside the step: gradients are not written.
+        skip_nonfinite: whether a step is skipped, whole, when an element of a gradient is infinite or NaN.
+        ema_decay: keeps an exponential moving average of the parameters in their state, as ``ema``: float32, or float64
+            for float64 parameters. See :meth:`swap_ema`.
+        norm_process_group: where parameters are plain tensors and each a shard, the processes over which norms and
+            the decision to skip are taken. (DTensors need none.)
+
+    ``max_grad_norm`` and ``skip_nonfinite`` hold for the whole optimizer. Together with ``fused=True`` they make a
+    :class:`torch.amp.GradScaler` leave unscaling to the step, since norms are of unscaled gradients.
 
     Raises:
         ValueError: a hyperparameter is out of range or NaN, or a parameter is given twice.
@@ -87,6 +104,11 @@ class FusedSGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        norm_process_group: Any = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -98,9 +120,21 @@ class FusedSGD(Optimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "ema_decay": ema_decay,
         }
+        self._start(params, defaults, norm_process_group)
+
+    def _start(self, params: ParamsT, defaults: dict[str, Any], norm_process_group: Any) -> None:
+        """The constructor, for subclasses with other arguments."""
         check_defaults(defaults)
         self._plan = None if C is None else C.Plan()
+        self.norm_process_group = norm_process_group
+        self._skipped = 0
+        self._totals: Tensor | None = None
+        self._holds_averages = False
         super().__init__(params, defaults)
         self.state = State(self._plan, self.state)
 
@@ -119,7 +153,9 @@ class FusedSGD(Optimizer):
                 check_duplicates([entry[1] if isinstance(entry, tuple) else entry for entry in params], number)
             check_numbers({**self.defaults, **param_group}, f" (param group {len(self.param_groups)})")
             check_path({**self.defaults, **param_group})
+            check_same([*self.param_groups, {**self.defaults, **param_group}])
         super().add_param_group(param_group)
+        self._reduce: Reduce | None = make_reduce(self.param_groups, self.norm_process_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -144,6 +180,8 @@ class FusedSGD(Optimizer):
                 or one that ``fused=True`` has no kernel for. The message names the parameter.
             ValueError: a hyperparameter is NaN.
         """
+        if self._holds_averages:
+            self._refuse_averages("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -151,7 +189,7 @@ class FusedSGD(Optimizer):
         attributes = self.__dict__
         if "found_inf" in attributes or "grad_scale" in attributes:
             self._step_scaled(attributes)
-        elif (rest := _step(self._plan, self.param_groups, self.state, None, None)) is not None:
+        elif (rest := _step(self._plan, self.param_groups, self.state, None, None, self._reduce, None)) is not None:
             self._settle(rest, None, None)
         return loss
 
@@ -169,8 +207,9 @@ class FusedSGD(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler asks this. If True it leaves unscaling to step(), which not every trainer expects (Lightning then
-        # refuses to clip), so it is True only where the kernel was asked for, as in torch.
-        return bool(self.defaults["fused"])
+        # refuses to clip), so it is True only where the kernel was asked for, as in torch, or norms need it.
+        defaults = self.defaults
+        return bool(defaults["fused"] or defaults["max_grad_norm"] is not None or defaults["skip_nonfinite"])
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
@@ -183,13 +222,13 @@ class FusedSGD(Optimizer):
                 check_one_element("found_inf", found_inf)
             elif _overflowed(found_inf):
                 return
-            else:
-                found_inf = None
+            elif found_inf is not None:
+                found_inf = 0.0
             if _on_gpu(scale):
                 check_one_element("grad_scale", scale)
             else:
                 scale = check_grad_scale(scale)
-            rest = _step(self._plan, self.param_groups, self.state, scale, found_inf)
+            rest = _step(self._plan, self.param_groups, self.state, scale, found_inf, self._reduce, None)
             if rest is not None:
                 self._settle(rest, scale, found_inf)
         except BaseException:
@@ -199,11 +238,15 @@ class FusedSGD(Optimizer):
                 attributes.pop("found_inf", None)
             raise
 
-    def _settle(self, rest: tuple[Any, ...], grad_scale: Tensor | float | None, found_inf: Tensor | None) -> None:
+    def _settle(
+        self, rest: tuple[Any, ...], grad_scale: Tensor | float | None, found_inf: Tensor | float | None
+    ) -> None:
         """Does what the plan could not: judges, raises, or steps the parameters that no kernel takes."""
 
-        def again() -> tuple[Any, ...] | None:
-            answered: tuple[Any, ...] | None = _step(self._plan, self.param_groups, self.state, grad_scale, found_inf)
+        def again(elsewhere: Tensor | None = None) -> tuple[Any, ...] | None:
+            groups, state = self.param_groups, self.state
+            answered: tuple[Any, ...] | None
+            answered = _step(self._plan, groups, state, grad_scale, found_inf, self._reduce, elsewhere)
             return answered
 
         answer: tuple[Any, ...] | None = rest
@@ -217,18 +260,39 @@ class FusedSGD(Optimizer):
             # Not everything is stepped where these stand, so the host must know them; that waits for the GPU.
             if _overflowed(found_inf):
                 return
-            grad_scale, found_inf = check_grad_scale(grad_scale), None
+            grad_scale, found_inf = check_grad_scale(grad_scale), None if found_inf is None else 0.0
             answer = again()
+        if answer is not None and answer[0] == "norms":
+            answer = again(squares(self._gradients(answer[1]), grad_scale))
         if answer is None:
             return
-        if answer[0] == "elsewhere":
-            self._step_elsewhere(answer[1], grad_scale)
+        if answer[0] == "skipped":
+            self._skipped += 1
+        elif answer[0] == "elsewhere":
+            step_elsewhere(self.param_groups, self.state, answer[1], grad_scale, self._find_totals())
         elif answer[0] in ("mode", "no plan"):
             if answer[0] == "mode" and any(group["fused"] for group in self.param_groups):
                 raise RuntimeError("`fused=True` cannot be honoured under an active TorchDispatchMode; use fused=None")
-            self._step_elsewhere(self._judge_all(), grad_scale)
+            self._step_without_plan(grad_scale)
         else:
             self._refuse(*answer)
+
+    def _gradients(self, entries: list[tuple[int, int]]) -> list[Tensor]:
+        return [gradient(self.param_groups[group]["params"][index]) for group, index in entries]
+
+    def _step_without_plan(self, grad_scale: Tensor | float | None) -> None:
+        """A step in which no kernel takes part."""
+        entries = self._judge_all()
+        options = self.param_groups[0]
+        self._totals = None
+        if options["max_grad_norm"] is not None or options["skip_nonfinite"]:
+            self._totals = squares(self._gradients(entries), grad_scale)
+            if self._reduce is not None:
+                self._reduce(self._totals)
+            if options["skip_nonfinite"] and self._totals[1] != 0:
+                self._skipped += 1
+                return
+        step_elsewhere(self.param_groups, self.state, entries, grad_scale, self._totals)
 
     def _refuse(self, what: str, *details: Any) -> NoReturn:
         """Raises the error for what the plan found."""
@@ -236,6 +300,8 @@ class FusedSGD(Optimizer):
         if what == "invalid":
             group, _ = details
             check_numbers(groups[group], f" (param group {group})")
+        elif what == "differ":
+            check_same(groups)
         elif what == "too large":
             group, key, index = details
             raise RuntimeError(
@@ -247,12 +313,6 @@ class FusedSGD(Optimizer):
             raise RuntimeError(
                 f"{place(groups, group, index)}: the storage of its {role} is smaller than the tensor; it was freed or"
                 " resized after the tensor was made"
-            )
-        elif what == "capture":
-            group, index = details
-            raise RuntimeError(
-                f"{place(groups, group, index)}: its first step with dampening is another than those that follow, and a"
-                " CUDA graph would repeat it; run one step before the capture"
             )
         elif what == "overlap":
             (group, index, role), (other_group, other_index, other_role) = details
@@ -270,11 +330,14 @@ class FusedSGD(Optimizer):
         """Judges parameters for the plan; all of them before the plan hears of any."""
         admissions = []
         for group, index in entries:
-            options = self.param_groups[group]
-            kernel = judge(self.param_groups, group, index, self.state).path == "kernel"
-            param = options["params"][index]
-            first = kernel and options["momentum"] != 0 and momentum_buffer(self.state, param) is None
-            admissions.append((group, index, kernel, _new_momentum_buffer(param) if first else None))
+            judgement = judge(self.param_groups, group, index, self.state)
+            param = self.param_groups[group]["params"][index]
+            new = {}
+            for key, _ in judgement.keys:
+                if state_tensor(self.state, param, key) is None:
+                    options = self.param_groups[group]
+                    new[key] = new_average(param) if key == "ema" else new_momentum_buffer(param, options)
+            admissions.append((group, index, judgement.combination, judgement.keys, new or None))
         assert self._plan is not None
         for admission in admissions:
             self._plan.admit(*admission)
@@ -283,6 +346,7 @@ class FusedSGD(Optimizer):
         """Judges every parameter that has a gradient; for steps without a plan."""
         entries = []
         seen: set[Tensor] = set()
+        check_same(self.param_groups)
         for group, options in enumerate(self.param_groups):
             check_numbers(options, f" (param group {group})")
             for index, param in enumerate(options["params"]):
@@ -294,51 +358,81 @@ class FusedSGD(Optimizer):
                     entries.append((group, index))
         return entries
 
-    def _step_elsewhere(self, entries: list[tuple[int, int]], grad_scale: Tensor | float | None) -> None:
-        """Steps parameters by the reference, or by torch's foreach implementation where the group asks for it."""
-        for group, options in enumerate(self.param_groups):
-            params = [options["params"][index] for number, index in entries if number == group]
-            with torch.set_grad_enabled(bool(options["differentiable"])):
-                step = self._step_torch if options["foreach"] else self._step_reference
-                step(options, params, grad_scale)
+    # --- What a step found --------------------------------------------------------------------------------------------
 
-    def _step_reference(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
-        for param in params:
-            if gradient(param).layout != torch.strided or param.layout != torch.strided:
-                self._step_torch(options, [param], grad_scale)
-                continue
-            buffer = sgd_update(
-                param,
-                gradient(param),
-                momentum_buffer(self.state, param),
-                grad_scale=grad_scale,
-                **{key: options[key] for key in _HYPERPARAMETERS},
-            )
-            if options["momentum"] != 0:
-                self.state[param]["momentum_buffer"] = buffer
+    def _find_totals(self) -> Tensor | None:
+        totals: Tensor | None = self._totals if self._plan is None else self._plan.totals()
+        return totals
 
-    def _step_torch(self, options: Group, params: list[Tensor], grad_scale: Tensor | float | None) -> None:
-        """Torch's own functions: foreach where the group asks for it, else the loop, for sparse tensors."""
-        if not params:
-            return
-        grads = [gradient(param) for param in params]
-        if grad_scale is not None:
-            grads = [unscaled(grad, grad_scale) for grad in grads]
-        buffers = [momentum_buffer(self.state, param) for param in params]
-        torch_sgd(
-            params,
-            grads,
-            buffers,
-            has_sparse_grad=any(grad.is_sparse for grad in grads),
-            foreach=bool(options["foreach"]),
-            fused=False,
-            **{key: options[key] for key in _HYPERPARAMETERS},
-        )
-        if options["momentum"] != 0:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global L2 norm of the gradients of the last step: after unscaling, before clipping.
+
+        A fresh 0-dim float64 tensor on the parameters' device, so that asking does not wait for it. ``None`` where no
+        norm was needed, and so none computed.
+        """
+        totals = self._find_totals()
+        return None if totals is None else totals[0].sqrt()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` skipped; asking waits for the GPU. Not part of a checkpoint."""
+        on_gpus = [] if self._plan is None else self._plan.skipped_steps()
+        return self._skipped + sum(int(count) for count in on_gpus)
+
+    @contextlib.contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Puts the averages into the parameters, in place; afterwards the parameters are what they were, to the bit.
+
+        For evaluation: ``with optimizer.swap_ema(): evaluate(model)``. Parameters that have no average yet keep their
+        values. Takes as much more memory as the parameters.
+
+        Raises:
+            RuntimeError: inside it, for another ``swap_ema()``, ``step()``, ``state_dict()`` and ``load_state_dict()``.
+        """
+        self._refuse_averages("swap_ema()")
+        averaged = []
+        for options in self.param_groups:
+            for param in options["params"]:
+                average = state_tensor(self.state, param, "ema")
+                if average is not None:
+                    averaged.append((param, average, param.detach().clone()))
+        self._holds_averages = True
+        try:
+            with torch.no_grad():
+                for param, average, kept in averaged:
+                    param.copy_(torch.where(is_unset(average), kept.to(average.dtype), average))
+            yield
+        finally:
+            with torch.no_grad():
+                for param, _, kept in averaged:
+                    param.copy_(kept)
+            self._holds_averages = False
+
+    def _refuse_averages(self, what: str) -> None:
+        if self._holds_averages:
+            raise RuntimeError(f"{what} inside swap_ema(): the model holds the averages, not what is trained")
 
     # --- Copies and checkpoints ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Like :meth:`torch.optim.Optimizer.state_dict`, without the options that torch does not have and are off."""
+        self._refuse_averages("state_dict()")
+        state: dict[str, Any] = super().state_dict()
+        for group in state["param_groups"]:
+            for key, off in _OFF.items():
+                if key in group and (group[key] is off or group[key] == off):
+                    del group[key]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Like :meth:`torch.optim.Optimizer.load_state_dict`; options that decide the path stay the optimizer's own."""
+        self._refuse_averages("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "_skipped": self.skipped_steps, "norm_process_group": self.norm_process_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called for a copy or a pickle (with defaults), and by load_state_dict (without).
@@ -351,45 +445,14 @@ class FusedSGD(Optimizer):
                     group[key] = kept[key]
                 else:
                     group.setdefault(key, kept[key])
-        self._plan = None if C is None else C.Plan()
+        if not running:
+            self._plan = None if C is None else C.Plan()
+            self._totals = None
+            self._holds_averages = False
+        elif self._plan is not None:
+            self._plan.forget()  # but not what a CUDA graph may have kept of it
+        self._reduce = make_reduce(self.param_groups, self.norm_process_group)
         self.state = State(self._plan, self.state)
-
-
-_HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-
-
-def _new_momentum_buffer(param: Tensor) -> Tensor:
-    """A momentum buffer that has accumulated nothing: all -0.0.
-
-    With it, the formula of later steps gives what the first step must (b = d, to the bit: +0.0 would lose the sign of a
-    zero), so a buffer whose first step never came is still right.
-    """
-    with torch.inference_mode(False), torch.no_grad(), _outside_capture(param.device):
-        buffer = torch.empty_like(param, requires_grad=False)
-        memory = local(buffer)
-        (torch.view_as_real(memory.resolve_conj()) if memory.is_complex() else memory).fill_(-0.0)
-    return buffer
-
-
-@contextlib.contextmanager
-def _outside_capture(device: torch.device) -> Iterator[None]:
-    """Lets work be done now, in ordinary memory, even while a CUDA graph is captured, of which it is to be no part.
-
-    A graph that filled a new buffer would fill it again at each replay, and memory from the graph's own pool may be
-    written by what the graph did earlier.
-    """
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield
-        return
-    assert C is not None
-    mode = C.relax_capture_mode()
-    try:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
-    finally:
-        C.restore_capture_mode(mode)
 
 
 def _on_gpu(value: Any) -> bool:

@@ -11,10 +11,24 @@ import torch
 from fused_sgd._native import C, why_missing
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+MARKS = {
+    "cpu_only": "of a module whose tests run on every device, one that says nothing about GPUs",
+    "exclusive": "takes a GPU for itself; skipped by the workers of pytest-xdist",
+    "sanitizer": "small enough for compute-sanitizer, which makes a kernel 10 to 100 times slower",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--devices", default="", metavar="cpu,cuda", help="where to run; by default wherever one can")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
 
 
 def pytest_sessionstart() -> None:
-    if CHECKOUT in Path(fused_sgd.__file__).resolve().parents and ".venv" not in fused_sgd.__file__:
+    if Path(fused_sgd.__file__).resolve().parent == CHECKOUT / "fused_sgd":
         raise pytest.UsageError(
             f"the tests must run on the installed package, and {fused_sgd.__file__} is the checkout"
         )
@@ -27,11 +41,41 @@ def instruction_sets(fast_fma_only: bool = False) -> list[str]:
     return [name for name, runs_here, fast in C.instruction_sets() if runs_here and (fast or not fast_fma_only)]
 
 
+def devices(config: pytest.Config) -> list[str]:
+    assert C is not None
+    if chosen := config.getoption("--devices"):
+        return str(chosen).split(",")
+    return ["cpu", "cuda"] if torch.cuda.is_available() and not C.cuda_obstacle(0) else ["cpu"]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", instruction_sets(), indirect=True)
-    if "fma_isa" in metafunc.fixturenames:
-        metafunc.parametrize("fma_isa", instruction_sets(fast_fma_only=True), indirect=True)
+    assert C is not None
+    here = ["cpu"] if metafunc.definition.get_closest_marker("cpu_only") else devices(metafunc.config)
+    for isa in ("isa", "fma_isa"):
+        if isa not in metafunc.fixturenames:
+            continue
+        sets = instruction_sets(fast_fma_only=isa == "fma_isa")
+        if "device" not in metafunc.fixturenames:
+            return metafunc.parametrize(isa, sets, indirect=True)
+        where = [("cpu", name) for name in sets if "cpu" in here]
+        where += [(device, C.instruction_set()) for device in here if device != "cpu"]  # a GPU does not care
+        return metafunc.parametrize(("device", isa), where, indirect=True)
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", here, indirect=True)
+    return None
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once on every device; tensors that it makes, and helpers make, are there unless they say otherwise.
+
+    A module takes part with `pytestmark = pytest.mark.usefixtures("device")`. Tests that only make sense on the CPU are
+    marked cpu_only; those that only make sense on a GPU are in tests/cuda.
+    """
+    if request.param != "cpu":
+        torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture

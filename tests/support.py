@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,21 @@ from torch import Tensor
 Params = list[Tensor]
 
 
+def seeded(shape: Sequence[int], seed: int | torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normally distributed values, the same on every device."""
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    return torch.randn(shape, dtype=dtype, generator=generator, device="cpu").to(torch.get_default_device())
+
+
 def make_params(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, seed: int = 0) -> Params:
+    """Parameters on the default device, which the fixture `device` sets."""
     generator = torch.Generator().manual_seed(seed)
     real = torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
     params = []
     for shape in shapes:
-        values = torch.randn(shape, dtype=real, generator=generator)
+        values = seeded(shape, generator, real)
         if dtype.is_complex:
-            values = torch.complex(values, torch.randn(shape, dtype=real, generator=generator))
+            values = torch.complex(values, seeded(shape, generator, real))
         params.append(values.to(dtype).requires_grad_())
     return params
 
@@ -35,11 +42,11 @@ def set_grads(*param_lists: Sequence[Tensor], seed: int) -> None:
         first = params[0]
         real = first.dtype.to_real() if first.dtype.is_complex else first.dtype
         wide = torch.float64 if real == torch.float64 else torch.float32
-        grad = torch.randn(first.shape, dtype=wide, generator=generator)
+        grad = seeded(first.shape, generator, wide)
         if first.dtype.is_complex:
-            grad = torch.complex(grad, torch.randn(first.shape, dtype=wide, generator=generator))
+            grad = torch.complex(grad, seeded(first.shape, generator, wide))
         for p in params:
-            p.grad = grad.to(p.dtype).clone()
+            p.grad = grad.to(p.device, p.dtype, copy=True)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -97,7 +104,16 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return unchanged
 
 
-def float64_step(
+class Float64Model(NamedTuple):
+    """One step in float64, and the magnitudes that rounding errors scale with."""
+
+    param: Tensor
+    buffer: Tensor | None
+    param_size: Tensor
+    buffer_size: Tensor
+
+
+def float64_model(
     p: Tensor,
     g: Tensor,
     b: Tensor | None,
@@ -108,14 +124,37 @@ def float64_step(
     weight_decay: float = 0,
     nesterov: bool = False,
     maximize: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The formula in float64: new parameter, new momentum buffer, and the magnitude that rounding errors scale with."""
-    p, d = p.double(), g.double()
+    grad_scale: float = 1,
+    clip_coefficient: float = 1,
+    decoupled_weight_decay: bool = False,
+    trust_ratio: float = 1,
+    lr_in_momentum: bool = False,
+) -> Float64Model:
+    """The formula of every option in float64."""
+    p, d = p.double(), g.double() / grad_scale * clip_coefficient
     d = -d if maximize else d
-    size = d.abs() + weight_decay * p.abs()
-    d = d + weight_decay * p
+    size = d.abs()
+    if decoupled_weight_decay:
+        p = p * (1 - lr * weight_decay)
+    else:
+        size = size + weight_decay * p.abs()
+        d = d + weight_decay * p
+    multiplier, step_size = (lr * trust_ratio, 1.0) if lr_in_momentum else (trust_ratio, lr)
+    d, size = multiplier * d, multiplier * size
     if momentum:
-        size = size if b is None else momentum * b.double().abs() + size
+        if b is not None:
+            size = momentum * b.double().abs() + max(1, abs(1 - dampening)) * size
         b = d if b is None else momentum * b.double() + (1 - dampening) * d
         d = d + momentum * b if nesterov else b
-    return p - lr * d, b, p.abs() + 2 * lr * size
+    return Float64Model(p - step_size * d, b, p.abs() + (1 + momentum) * step_size * size, size)
+
+
+def float64_step(p: Tensor, g: Tensor, b: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of the model: new parameter, new momentum buffer, and the magnitude that rounding errors scale with."""
+    model = float64_model(p, g, b, **options)
+    return model.param, model.buffer, model.param_size
+
+
+def float64_ema(e: Tensor | None, p: Tensor, decay: float) -> Tensor:
+    """The moving average of a parameter in float64; None before the first step."""
+    return p.double() if e is None else decay * e.double() + (1 - decay) * p.double()

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from support import assert_same, copies, make_params, same_bits, set_grads
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SHAPES = [(33,), (4, 5), (257,)]
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.2}
 CLASSES = [FusedSGD, torch.optim.SGD]
@@ -156,12 +158,12 @@ def test_older_pickles_without_newer_keys_load() -> None:
     older.step()
 
 
-def test_gradscaler_drives_the_step() -> None:
+def test_gradscaler_drives_the_step(device: str) -> None:
     params = make_params([(64,), (8, 8)])
     expected = copies(params)
     mine = FusedSGD(params, lr=0.1, momentum=0.9, fused=True)
     theirs = torch.optim.SGD(expected, lr=0.1, momentum=0.9)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in range(2)]
+    scalers = [torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=2) for _ in range(2)]
 
     def backward(scaler: torch.amp.GradScaler, tensors: list[Tensor], step: int) -> None:
         for p in tensors:

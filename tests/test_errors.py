@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from fused_sgd._judge import _unsound
 from torch import Tensor
 
 from support import make_params, set_grads, snapshot
+
+pytestmark = pytest.mark.usefixtures("device")
 
 NAN = float("nan")
 
@@ -174,6 +177,7 @@ def test_integer_parameter(fused: bool | None) -> None:
     assert_refused(optimizer, r"param group 1, parameter 0 \(torch.int64.*floating-point")
 
 
+@pytest.mark.cpu_only
 @pytest.mark.filterwarnings("ignore:.*quantize.*")
 def test_quantised_parameter() -> None:
     p = torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8)
@@ -215,16 +219,16 @@ def test_momentum_buffer_of_another_shape(fused: bool | None) -> None:
 @pytest.mark.parametrize(
     ("buffer", "message"),
     [
-        (torch.zeros(4, 3, dtype=torch.int64), "has a dtype that cannot hold it"),
-        (torch.zeros(4, 3, dtype=torch.complex64), "has a dtype that cannot hold it"),
-        (torch.zeros(1, 3).expand(4, 3), "elements of its momentum_buffer share memory"),
-        (torch.zeros(4, 3).to_sparse(), "momentum_buffer is sparse and its gradient is not"),
+        (lambda: torch.zeros(4, 3, dtype=torch.int64), "has a dtype that cannot hold it"),
+        (lambda: torch.zeros(4, 3, dtype=torch.complex64), "has a dtype that cannot hold it"),
+        (lambda: torch.zeros(1, 3).expand(4, 3), "elements of its momentum_buffer share memory"),
+        (lambda: torch.zeros(4, 3).to_sparse(), "momentum_buffer is sparse and its gradient is not"),
     ],
     ids=["integer", "complex", "expanded", "sparse"],
 )
-def test_momentum_buffer_that_no_step_can_use(buffer: Tensor, message: str, fused: bool | None) -> None:
+def test_momentum_buffer_that_no_step_can_use(buffer: Callable[[], Tensor], message: str, fused: bool | None) -> None:
     optimizer, params = ready(fused=fused)
-    optimizer.state[params[1]]["momentum_buffer"] = buffer
+    optimizer.state[params[1]]["momentum_buffer"] = buffer()
     assert_refused(optimizer, f"parameter 1 .*{message}")
 
 

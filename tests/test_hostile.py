@@ -19,6 +19,8 @@ from torch import Tensor
 
 from support import make_params, same_bits, set_grads, snapshot
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def ready(count: int = 3, **options: Any) -> tuple[FusedSGD, list[Tensor]]:
     params = make_params([(5,)] * count)

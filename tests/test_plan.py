@@ -20,6 +20,8 @@ from torch import Tensor
 
 from support import assert_same, copies, make_params, set_grads
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Optimizer = torch.optim.Optimizer
 SHAPES = [(33,), (4, 5), (257,)]
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from fused_sgd import FusedSGD
 
 from support import make_params, set_grads
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def steady(count: int, groups: bool = False) -> FusedSGD:
@@ -82,6 +85,7 @@ for length in (17, 20000):  # short work, and work for both threads
 """
 
 
+@pytest.mark.cpu_only
 def test_no_allocation_per_tensor(tmp_path: Path) -> None:
     """Every malloc of a step is counted, by a library put in front of libc's."""
     compiler = shutil.which("c++")
@@ -91,8 +95,9 @@ def test_no_allocation_per_tensor(tmp_path: Path) -> None:
     library = tmp_path / "counter.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", tmp_path / "counter.cpp", "-o", library], check=True)
     result = subprocess.run(
-        [sys.executable, "-c", COUNT], capture_output=True, text=True, cwd="/", env={"LD_PRELOAD": str(library)}
-    )
+        [sys.executable, "-c", COUNT], capture_output=True, text=True, cwd="/",
+        env={**os.environ, "LD_PRELOAD": str(library)},
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     small_few, small_many, large_few, large_many = map(int, result.stdout.split())
     assert small_many <= small_few

@@ -14,7 +14,11 @@ import torch
 from fused_sgd import FusedSGD
 from torch import Tensor
 from torch.nn import Parameter
+
+pytest.importorskip("expecttest")  # which torch.testing._internal imports
 from torch.testing._internal.common_optimizers import optim_db
+
+pytestmark = pytest.mark.usefixtures("device")
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
 INPUTS = INFO.optim_inputs_func(device="cpu")

@@ -32,6 +32,9 @@ FSGD_INLINE float multiply(float a, float b) { return __fmul_rn(a, b); }
 FSGD_INLINE double multiply(double a, double b) { return __dmul_rn(a, b); }
 FSGD_INLINE float divide(float a, float b) { return __fdiv_rn(a, b); }
 FSGD_INLINE double divide(double a, double b) { return __ddiv_rn(a, b); }
+FSGD_INLINE float subtract(float a, float b) { return __fsub_rn(a, b); }
+FSGD_INLINE double subtract(double a, double b) { return __dsub_rn(a, b); }
+FSGD_INLINE double square_root(double a) { return __dsqrt_rn(a); }
 #else
 FSGD_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FSGD_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -39,6 +42,9 @@ FSGD_INLINE float multiply(float a, float b) { return a * b; }
 FSGD_INLINE double multiply(double a, double b) { return a * b; }
 FSGD_INLINE float divide(float a, float b) { return a / b; }
 FSGD_INLINE double divide(double a, double b) { return a / b; }
+FSGD_INLINE float subtract(float a, float b) { return a - b; }
+FSGD_INLINE double subtract(double a, double b) { return a - b; }
+FSGD_INLINE double square_root(double a) { return __builtin_sqrt(a); }
 #endif
 
 template <class To, class From>

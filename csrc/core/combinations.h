@@ -4,8 +4,6 @@
 // To support one more, add a line. A row's `combination` is the line's number, counted from 0.
 #pragma once
 
-#include <bit>
-
 #include "formats.h"
 
 //      X(parameter, gradient, momentum buffer)
@@ -45,11 +43,17 @@ struct Combination {
   Format parameter;
   Format gradient;
   Format momentum;
-  int parameter_log2_bytes;  // of an element; decides how many elements a chunk has
+  int8_t parameter_columns;
+  int8_t momentum_columns;
+  bool computed_in_double;
+
+  constexpr int gradient_column() const { return parameter_columns; }
+  constexpr int momentum_column() const { return parameter_columns + 1; }
+  constexpr int ema_column() const { return parameter_columns + 1 + momentum_columns; }
 };
 
 inline constexpr Combination kCombinations[] = {
-#define FSGD_COMBINATION(P, G, M) {Format::P, Format::G, Format::M, std::countr_zero(unsigned{P::kBytes})},
+#define FSGD_COMBINATION(P, G, M) {Format::P, Format::G, Format::M, P::kColumns, M::kColumns, sizeof(P::Acc) == 8},
     FSGD_COMBINATIONS(FSGD_COMBINATION)
 #undef FSGD_COMBINATION
 };

@@ -6,13 +6,13 @@
 //   kBytes                  bytes an element, over all its columns
 //   kBlock                  how many consecutive elements are stored together: 1, or the size of a scale block
 //   load(i) -> Acc          element i
-//   store(i, x)             element i, rounded to nearest even once, when kBlock == 1
+//   store(i, x) -> Acc      element i, rounded to nearest even once, when kBlock == 1; what a load would now give
 //   until_aligned()         how many elements lie before the first 16-byte boundary
 //   aligned(i)              whether element i lies on one
 //   Packed<n>               n elements as they are stored; n * kBytes is a multiple of 16
 //   load_pack<n>(i, wide)   elements i to i + n - 1 as Packed<n>; wide: with 16-byte accesses, element i being aligned
 //   unpack(packed, x[n])    their values
-//   store_pack(i, wide, x)  n elements, rounded
+//   store_pack(i, wide, x)  n elements, rounded; x becomes what a load would now give
 // and, when kBlock > 1, instead of store(i, x)
 //   Reduction               what a block's store needs to know of all its elements (a largest magnitude, say)
 //   reduce(Reduction&, x)   folds one new value in
@@ -82,7 +82,11 @@ struct Plain {
 
   FSGD_INLINE explicit Plain(void* const* columns) : data(static_cast<Element*>(columns[0])) {}
   FSGD_INLINE Acc load(int64_t i) const { return kDecode(data[i]); }
-  FSGD_INLINE void store(int64_t i, Acc x) const { data[i] = kEncode(x); }
+  FSGD_INLINE Acc store(int64_t i, Acc x) const {
+    const Element stored = kEncode(x);
+    data[i] = stored;
+    return kDecode(stored);
+  }
 
   FSGD_INLINE uint32_t until_aligned() const {
     return static_cast<uint32_t>(-reinterpret_cast<uintptr_t>(data) % 16 / sizeof(Element));
@@ -104,10 +108,13 @@ struct Plain {
     for (int k = 0; k < n; ++k) x[k] = kDecode(pack.element[k]);
   }
   template <int n>
-  FSGD_INLINE void store_pack(int64_t i, bool wide, const Acc (&x)[n]) const {
+  FSGD_INLINE void store_pack(int64_t i, bool wide, Acc (&x)[n]) const {
     Packed<n> pack;
     FSGD_UNROLL
-    for (int k = 0; k < n; ++k) pack.element[k] = kEncode(x[k]);
+    for (int k = 0; k < n; ++k) {
+      pack.element[k] = kEncode(x[k]);
+      x[k] = kDecode(pack.element[k]);
+    }
     if (wide) {
       *reinterpret_cast<Packed<n>*>(data + i) = pack;
     } else {

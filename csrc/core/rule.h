@@ -18,42 +18,102 @@ FSGD_INLINE double read(double stored, Source source) {
   return *reinterpret_cast<const double*>(address);
 }
 
+// LARS and its variants, as flags of a group; without kLars the others mean nothing.
+enum Lars : uint8_t {
+  kLars = 1,               // the gradient is multiplied by the tensor's trust ratio
+  kTrustClipped = 2,       // which is at most lr
+  kAdaptAlways = 4,        // also where there is no weight decay
+  kLrThroughMomentum = 8,  // and by the learning rate, which then goes through the momentum buffer
+};
+
 // One param group's hyperparameters as the user gave them, in double, as the table carries them.
 struct Group {
   double lr = 0;  // an address if lr_source says so; so is weight_decay
   double momentum = 0;
   double dampening = 0;
   double weight_decay = 0;
-  uint8_t nesterov = 0;  // 0 or 1, like maximize
+  double ema_decay = 0;
+  double trust_coeff = 0;
+  double trust_eps = 0;
+  uint8_t nesterov = 0;  // 0 or 1, like all that have no type of their own
   uint8_t maximize = 0;
   Source lr_source = Source::Value;
   Source weight_decay_source = Source::Value;
-  uint32_t unused = 0;
+  uint8_t decoupled_weight_decay = 0;
+  uint8_t has_ema = 0;
+  uint8_t lars = 0;  // of Lars
+  uint8_t unused = 0;
 
   // Bits are compared, not numbers: -0.0 is another learning rate than 0.0.
   bool operator==(const Group& other) const {
     struct Words {
-      uint64_t word[5];
+      uint64_t word[8];
     };
     const auto a = bit_cast<Words>(*this), b = bit_cast<Words>(other);
     uint64_t difference = 0;
-    for (int i = 0; i < 5; ++i) difference |= a.word[i] ^ b.word[i];
+    for (int i = 0; i < 8; ++i) difference |= a.word[i] ^ b.word[i];
     return difference == 0;
   }
 };
-static_assert(sizeof(Group) == 40);
+static_assert(sizeof(Group) == 64);
 
-// A yes or no that is the same for every element, held as a number of the elements' own type: loops with a select on it
-// vectorise beside 16-bit storage, which GCC does not manage with a bool.
+// What is the same for all tensors of a step and only the step knows. Pointers are null for what there is none of, and
+// are the device's where the walk is a GPU's.
+struct Scalars {
+  const float* grad_scale = nullptr;    // gradients are divided by it
+  const float* found_inf = nullptr;     // unless it is 0, the step is skipped
+  const double* totals = nullptr;       // of the gradients of the whole step: sum of squares, and how often non-finite
+  const double* row_squares = nullptr;  // sums of squares of each row's parameter and gradient, for LARS
+  double max_grad_norm = 0;             // 0: gradients are not clipped
+  int64_t* skipped_steps = nullptr;     // counts them, on a GPU; a CPU's step is skipped before it begins
+  uint32_t skip_nonfinite = 0;
+  uint32_t unused = 0;
+};
+
+FSGD_INLINE bool skips(const Scalars& scalars) {
+  if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return true;
+  return scalars.skip_nonfinite != 0 && scalars.totals[1] != 0;
+}
+
+// The factor of torch.nn.utils.clip_grad_norm_. NaN stays NaN.
+FSGD_INLINE double clip_coefficient(const Scalars& scalars) {
+  if (scalars.max_grad_norm == 0) return 1;
+  const double coefficient = divide(scalars.max_grad_norm, square_root(scalars.totals[0]) + 1e-6);
+  return coefficient > 1 ? 1 : coefficient;
+}
+
+// The trust ratio of You et al., "Large Batch Training of Convolutional Networks" (2017), in timm's form.
+FSGD_INLINE double trust_ratio(const Group& group, double lr, double decay, double param_norm, double grad_norm) {
+  if ((group.lars & kAdaptAlways) == 0 && decay == 0) return 1;
+  double ratio = 1;
+  if (param_norm > 0 && grad_norm > 0) {
+    const double shrinks = multiply(param_norm, decay);
+    ratio = divide(multiply(group.trust_coeff, param_norm), grad_norm + shrinks + group.trust_eps);
+  }
+  if ((group.lars & kTrustClipped) != 0) {
+    const double clipped = divide(ratio, lr);
+    ratio = clipped > 1 ? 1 : clipped;
+  }
+  return ratio;
+}
+
+// A yes or no that is the same for every element. On the CPU it is held as a number of the elements' own type: loops
+// with a select on it vectorise beside 16-bit storage, which GCC does not manage with a bool.
+#if defined(__CUDA_ARCH__)
+template <class T>
+using Uniform = bool;
+#else
 template <class T>
 struct Uniform {
   T value;
   FSGD_INLINE Uniform(bool yes) : value(yes ? T(1) : T(0)) {}
   FSGD_INLINE operator bool() const { return value != T(0); }
 };
+#endif
 
-// The same, cast ONCE to the accumulation type T (float for fp32, bf16 and fp16; double for fp64). Whether a term
-// exists is decided in double, before the cast, as torch does: a weight decay of 1e-60 is there, and is zero in float.
+// The same for all elements of a tensor, cast ONCE to the accumulation type T (float for fp32, bf16 and fp16; double
+// for fp64). Whether a term exists is decided in double, before the cast, as torch does: a weight decay of 1e-60 is
+// there, and is zero in float. A factor of 1 changes no bit, so what is multiplied needs no flag.
 template <class T>
 struct Hyperparameters {
   T neg_lr;
@@ -61,46 +121,85 @@ struct Hyperparameters {
   T one_minus_dampening;
   T weight_decay;
   T grad_scale;
+  T grad_factor;   // 1 or, to maximize, -1; times the clip coefficient
+  T decay_factor;  // 1 - lr * weight decay where that is decoupled
+  T trust_ratio;
+  T ema_weight;  // of torch's lerp, which begins at the nearer end: of the average, or minus that of the parameter
   Uniform<T> has_momentum;
   Uniform<T> has_weight_decay;
   Uniform<T> has_grad_scale;
   Uniform<T> nesterov;
-  Uniform<T> maximize;
-  Uniform<T> first_step;  // of this parameter: no momentum was accumulated yet
+  Uniform<T> has_ema;
+  Uniform<T> ema_from_parameter;
 
-  // grad_scale: one float, or null when gradients are not scaled.
-  FSGD_INLINE Hyperparameters(const Group& group, const float* grad_scale_pointer, bool is_first_step)
-      : Hyperparameters(group, read(group.lr, group.lr_source), read(group.weight_decay, group.weight_decay_source),
-                        grad_scale_pointer, is_first_step) {}
+  // row: this tensor's number in the table.
+  FSGD_INLINE Hyperparameters(const Group& group, const Scalars& scalars, uint32_t row)
+      : Hyperparameters(group, scalars, row, read(group.lr, group.lr_source),
+                        read(group.weight_decay, group.weight_decay_source)) {}
 
  private:
-  FSGD_INLINE Hyperparameters(const Group& group, double lr, double decay, const float* grad_scale_pointer,
-                              bool is_first_step)
+  FSGD_INLINE Hyperparameters(const Group& group, const Scalars& scalars, uint32_t row, double lr, double decay)
       : neg_lr(static_cast<T>(-lr)),
         momentum(static_cast<T>(group.momentum)),
         one_minus_dampening(static_cast<T>(1 - group.dampening)),
         weight_decay(static_cast<T>(decay)),
-        grad_scale(grad_scale_pointer ? static_cast<T>(*grad_scale_pointer) : T(1)),
+        grad_scale(scalars.grad_scale != nullptr ? static_cast<T>(*scalars.grad_scale) : T(1)),
+        grad_factor(1),
+        decay_factor(1),
+        trust_ratio(1),
+        ema_weight(static_cast<T>(1 - group.ema_decay)),
         has_momentum(group.momentum != 0),
-        has_weight_decay(decay != 0),
-        has_grad_scale(grad_scale_pointer != nullptr),
+        has_weight_decay(decay != 0 && group.decoupled_weight_decay == 0),
+        has_grad_scale(scalars.grad_scale != nullptr),
         nesterov(group.nesterov != 0),
-        maximize(group.maximize != 0),
-        first_step(is_first_step) {}
+        has_ema(group.has_ema != 0),
+        ema_from_parameter(ema_weight >= T(0.5)) {
+    const double clip = clip_coefficient(scalars);
+    grad_factor = static_cast<T>(group.maximize != 0 ? -clip : clip);
+    if (group.decoupled_weight_decay != 0) decay_factor = static_cast<T>(1 - multiply(lr, decay));
+    if ((group.lars & kLars) != 0) {
+      double ratio = fused_sgd::trust_ratio(group, lr, decay, square_root(scalars.row_squares[2 * row]),
+                                            multiply(square_root(scalars.row_squares[2 * row + 1]), clip));
+      if ((group.lars & kLrThroughMomentum) != 0) {
+        ratio = multiply(ratio, lr);
+        neg_lr = T(-1);
+      }
+      trust_ratio = static_cast<T>(ratio);
+    }
+    if (ema_from_parameter) ema_weight = subtract(ema_weight, T(1));
+  }
 };
+
+// What a momentum buffer or an average holds where nothing was accumulated yet: a NaN that no arithmetic makes. It is
+// told by its bits, element by element, so that a step which the device skipped, or a graph repeats, needs no flag.
+// Its lower bits are zero: bf16 and fp16 hold it too.
+FSGD_INLINE float unset_value(float) { return bit_cast<float>(0x7FEE0000u); }
+FSGD_INLINE double unset_value(double) { return bit_cast<double>(uint64_t{0x7FFDC00000000000u}); }
+FSGD_INLINE bool is_unset(float x) { return bit_cast<uint32_t>(x) == 0x7FEE0000u; }
+FSGD_INLINE bool is_unset(double x) { return bit_cast<uint64_t>(x) == 0x7FFDC00000000000u; }
 
 // p: parameter, b: momentum buffer; both are read and written. The hyperparameters are the same for a whole tensor, so
 // the branches cost nothing: compilers hoist them out of the loop or turn them into selects.
 template <class T>
 FSGD_INLINE void update(const Hyperparameters<T>& h, T grad, T& p, T& b) {
   const T g = h.has_grad_scale ? divide(grad, h.grad_scale) : grad;
-  T d = h.maximize ? -g : g;
+  T d = multiply(g, h.grad_factor);
   d = h.has_weight_decay ? fma(p, h.weight_decay, d) : d;
+  p = multiply(p, h.decay_factor);
+  d = multiply(d, h.trust_ratio);
   if (h.has_momentum) {
-    b = h.first_step ? d : fma(d, h.one_minus_dampening, multiply(b, h.momentum));
+    const T accumulated = fma(d, h.one_minus_dampening, multiply(b, h.momentum));
+    b = is_unset(b) ? d : accumulated;
     d = h.nesterov ? fma(b, h.momentum, d) : b;
   }
   p = fma(d, h.neg_lr, p);
+}
+
+// e: the exponential moving average of the parameter, read and written. p: the parameter as it was stored.
+template <class T>
+FSGD_INLINE void average(const Hyperparameters<T>& h, T p, T& e) {
+  const T blended = fma(h.ema_weight, subtract(p, e), h.ema_from_parameter ? p : e);
+  e = is_unset(e) ? p : blended;
 }
 
 }  // namespace fused_sgd

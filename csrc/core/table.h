@@ -1,9 +1,9 @@
 // The table: one optimizer step as plain data. Per tensor a row, per distinct set of hyperparameters a group, per
 // launch the scalars that only the step knows. A backend walks it and knows nothing else; it holds no torch type.
 //
-// Work is counted in chunks. A chunk is 2^log2_chunk_bytes of ONE tensor's parameter (the last one may be shorter), so
-// that chunks cost about the same whatever the dtype, and every tensor begins with a chunk of its own. Rows carry the
-// running sum of chunks, so the tensor of any chunk is found by binary search and no list of chunks exists.
+// Work is counted in chunks. A chunk is 2^log2_chunk elements of ONE tensor (the last one may be shorter), and every
+// tensor begins with a chunk of its own. Rows carry the running sum of chunks, so the tensor of any chunk is found by
+// binary search and no list of chunks exists. Chunks are whole tiles, of which norms are summed (squares.h).
 #pragma once
 
 #include <cstddef>
@@ -14,24 +14,22 @@
 
 #include "combinations.h"
 #include "rule.h"
+#include "squares.h"
 
 namespace fused_sgd {
 
-inline constexpr int kMaxColumns = 3;  // parameter, gradient, momentum buffer
+inline constexpr int kMaxColumns = 6;  // parameter 2, gradient 1, momentum buffer 2, average 1
 
 // The head of a row; its column pointers follow it in memory: parameter, gradient, momentum buffer, each as many as its
-// format has. A row without momentum leaves the last ones unset.
+// format has, and the parameter's average. Those that a row has not, it leaves unset.
 struct Row {
   int64_t length;      // elements
   uint32_t chunk_end;  // chunks of this row and of all before it
-  uint32_t kind;  // group (16 bits), combination (8 bits), first step (1 bit): all that may differ between two rows
+  uint32_t kind;       // group (16 bits), combination (8 bits): all else that may differ between two rows
 
-  static FSGD_INLINE uint32_t make_kind(uint32_t group, uint32_t combination, bool first_step) {
-    return group | combination << 16 | static_cast<uint32_t>(first_step) << 24;
-  }
+  static FSGD_INLINE uint32_t make_kind(uint32_t group, uint32_t combination) { return group | combination << 16; }
   FSGD_INLINE uint32_t group() const { return kind & 0xFFFFu; }            // index into Table::groups
   FSGD_INLINE uint32_t combination() const { return kind >> 16 & 0xFFu; }  // line of FSGD_COMBINATIONS
-  FSGD_INLINE bool first_step() const { return (kind >> 24 & 1u) != 0; }   // of this parameter
 
   FSGD_INLINE void* const* columns() const { return reinterpret_cast<void* const*>(this + 1); }
   FSGD_INLINE void** columns() { return reinterpret_cast<void**>(this + 1); }
@@ -41,21 +39,22 @@ static_assert(sizeof(Row) == 16, "a row is 16 bytes and its pointers: 40 bytes f
 struct Table {
   const std::byte* rows = nullptr;
   const Group* groups = nullptr;
-  const float* grad_scale = nullptr;  // one value: gradients are divided by it; null for none
-  const float* found_inf = nullptr;   // one value: unless it is 0, the step is skipped; null for none. Only for GPUs:
-                                      // a CPU's step is skipped before it begins
+  Scalars scalars;
   uint32_t row_count = 0;
   uint32_t row_bytes = sizeof(Row) + kMaxColumns * sizeof(void*);
-  uint32_t log2_chunk_bytes = 0;
+  uint32_t log2_chunk = kLog2Tile;
 
   FSGD_INLINE const Row& row(uint32_t i) const {
     return *reinterpret_cast<const Row*>(rows + std::size_t{i} * row_bytes);
   }
   FSGD_INLINE uint32_t chunk_begin(uint32_t i) const { return i == 0 ? 0 : row(i - 1).chunk_end; }
   FSGD_INLINE uint32_t chunk_count() const { return row_count == 0 ? 0 : row(row_count - 1).chunk_end; }
-  FSGD_INLINE int64_t chunk_elements(int parameter_bytes) const {  // of an element
-    return (int64_t{1} << log2_chunk_bytes) / parameter_bytes;
+  FSGD_INLINE int64_t chunk_elements() const { return int64_t{1} << log2_chunk; }
+  // The number of a row's first tile, where the tiles of all rows lie one after the other with gaps in between.
+  FSGD_INLINE std::size_t first_tile(uint32_t i) const {
+    return std::size_t{chunk_begin(i)} << (log2_chunk - kLog2Tile);
   }
+  FSGD_INLINE std::size_t tile_count() const { return std::size_t{chunk_count()} << (log2_chunk - kLog2Tile); }
 
   // The row that holds `chunk`, which must be below chunk_count().
   FSGD_INLINE uint32_t find_row(uint32_t chunk) const {
@@ -72,18 +71,37 @@ struct Table {
   }
 };
 
+FSGD_INLINE int64_t tiles_of(const Row& row) { return (row.length + kTile - 1) >> kLog2Tile; }
+
+// From the sums of squares of tiles to those of rows [begin, end): parameter and gradient of each, one after the other.
+// param_tiles may be null.
+inline void add_up_rows(const Table& table, uint32_t begin, uint32_t end, const double* grad_tiles,
+                        const double* param_tiles, double* row_squares) {
+  for (uint32_t i = begin; i < end; ++i) {
+    const int64_t tiles = tiles_of(table.row(i));
+    if (param_tiles != nullptr) row_squares[2 * i] = fold_strided(param_tiles + table.first_tile(i), tiles, 1);
+    row_squares[2 * i + 1] = fold_strided(grad_tiles + table.first_tile(i), tiles, 1);
+  }
+}
+
+// The gradients' sum of squares over all rows.
+inline double add_up_total(const Table& table, const double* row_squares) {
+  return table.row_count == 0 ? 0 : fold_strided(row_squares + 1, table.row_count, 2);
+}
+
 // Packs a table. Its memory is kept between steps, so packing again allocates nothing.
 class TablePacker {
  public:
-  // columns: pointers a row, over the largest row to come. log2_chunk_bytes: 12 (4 KiB) or more.
-  void start(int columns, uint32_t log2_chunk_bytes) {
+  // columns: pointers a row, over the largest row to come.
+  void start(int columns, uint32_t log2_chunk = kLog2Tile) {
     row_bytes_ = static_cast<uint32_t>(sizeof(Row) + static_cast<std::size_t>(columns) * sizeof(void*));
-    log2_chunk_bytes_ = log2_chunk_bytes;
+    log2_chunk_ = log2_chunk;
     row_count_ = 0;
     used_bytes_ = 0;
     chunks_ = 0;
     elements_ = 0;
-    groups_.clear();
+    only_combination_ = -1;
+    restart_groups();
   }
 
   // The number of these hyperparameters; equal ones share a row. The last ones are looked at first, and few are looked
@@ -97,23 +115,29 @@ class TablePacker {
       throw std::length_error("more than 65536 param groups with different hyperparameters in one step");
     }
     groups_.push_back(group);
+    has_ema_ = has_ema_ || group.has_ema != 0;
     return static_cast<uint32_t>(seen);
   }
 
   // A row; the caller writes its pointers, to what is returned. length > 0; group as add_group() returned it.
-  void** add_row(int64_t length, uint32_t group, uint32_t combination, bool first_step) {
+  void** add_row(int64_t length, uint32_t group, uint32_t combination) {
     if (bytes_.size() < used_bytes_ + row_bytes_) bytes_.resize(2 * (used_bytes_ + row_bytes_));
-    chunks_ += count_chunks(length, combination);
+    chunks_ += count_chunks(length);
     if (chunks_ > std::numeric_limits<uint32_t>::max()) {
       throw std::length_error("the parameters of one step have more than 2^32 chunks");
     }
     elements_ += length;
+    if (row_count_ == 0) {
+      only_combination_ = static_cast<int>(combination);
+    } else if (only_combination_ != static_cast<int>(combination)) {
+      only_combination_ = -1;
+    }
     ++row_count_;
     Row* row = reinterpret_cast<Row*>(bytes_.data() + used_bytes_);
     used_bytes_ += row_bytes_;
     row->length = length;
     row->chunk_end = static_cast<uint32_t>(chunks_);
-    row->kind = Row::make_kind(group, combination, first_step);
+    row->kind = Row::make_kind(group, combination);
     return row->columns();
   }
 
@@ -124,49 +148,48 @@ class TablePacker {
   uint32_t row_count() const { return row_count_; }
   int64_t elements() const { return elements_; }
 
-  Table table(const float* grad_scale) const {
-    return Table{bytes_.data(), groups_.data(), grad_scale, nullptr, row_count_, row_bytes_, log2_chunk_bytes_};
+  Table table(const Scalars& scalars = {}) const {
+    return Table{bytes_.data(), groups_.data(), scalars, row_count_, row_bytes_, log2_chunk_};
   }
   std::span<const std::byte> rows() const { return {bytes_.data(), used_bytes_}; }
   std::span<const Group> groups() const { return groups_; }
-  // Of all parameters, each rounded up to a chunk.
-  uint64_t parameter_bytes() const { return chunks_ << log2_chunk_bytes_; }
 
   // Counts the rows' chunks anew, in another size.
-  void rechunk(uint32_t log2_chunk_bytes) {
-    log2_chunk_bytes_ = log2_chunk_bytes;
+  void rechunk(uint32_t log2_chunk) {
+    if (log2_chunk == log2_chunk_) return;
+    log2_chunk_ = log2_chunk;
     chunks_ = 0;
     for (uint32_t i = 0; i < row_count_; ++i) {
       Row& row = *reinterpret_cast<Row*>(bytes_.data() + std::size_t{i} * row_bytes_);
-      chunks_ += count_chunks(row.length, row.combination());
+      chunks_ += count_chunks(row.length);
       row.chunk_end = static_cast<uint32_t>(chunks_);
     }
   }
 
+  // Whether some group has an average.
+  bool has_ema() const { return has_ema_; }
   // The combination that all rows have, or -1 when they differ.
-  int only_combination() const {
-    const Table all = table(nullptr);
-    for (uint32_t i = 1; i < row_count_; ++i) {
-      if (all.row(i).combination() != all.row(0).combination()) return -1;
-    }
-    return row_count_ == 0 ? -1 : static_cast<int>(all.row(0).combination());
+  int only_combination() const { return only_combination_; }
+
+  // The groups anew, for rows that stay; call add_group() for them in the order of the first time.
+  void restart_groups() {
+    groups_.clear();
+    has_ema_ = false;
   }
 
  private:
-  uint64_t count_chunks(int64_t length, uint32_t combination) const {
-    return static_cast<uint64_t>((length - 1) >>
-                                 (log2_chunk_bytes_ - kCombinations[combination].parameter_log2_bytes)) +
-           1;
-  }
+  uint64_t count_chunks(int64_t length) const { return static_cast<uint64_t>((length - 1) >> log2_chunk_) + 1; }
 
   std::vector<std::byte> bytes_;
   std::vector<Group> groups_;
   uint32_t row_bytes_ = 0;
-  uint32_t log2_chunk_bytes_ = 0;
+  uint32_t log2_chunk_ = kLog2Tile;
   uint32_t row_count_ = 0;
   std::size_t used_bytes_ = 0;
   uint64_t chunks_ = 0;
   int64_t elements_ = 0;
+  int only_combination_ = -1;
+  bool has_ema_ = false;
 };
 
 }  // namespace fused_sgd

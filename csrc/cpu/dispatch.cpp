@@ -8,9 +8,15 @@ namespace fused_sgd::cpu {
 
 // Defined by walk.cpp, once per instruction set.
 void walk_portable(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
+bool measure_portable(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
+                      double* param_squares);
 #if defined(FSGD_X86)
 void walk_avx2(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
+bool measure_avx2(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
+                  double* param_squares);
 void walk_avx512(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
+bool measure_avx512(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
+                    double* param_squares);
 #endif
 
 namespace {
@@ -45,18 +51,19 @@ const InstructionSet*& current() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #if defined(FSGD_X86)
-      {"avx512", walk_avx512, true,
+      {"avx512", walk_avx512, measure_avx512, true,
        [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("fma");
        }},
-      {"avx2", walk_avx2, true, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+      {"avx2", walk_avx2, measure_avx2, true,
+       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
 #if defined(__FMA__) || defined(__aarch64__)
-      {"portable", walk_portable, true, [] { return true; }},
+      {"portable", walk_portable, measure_portable, true, [] { return true; }},
 #else
-      {"portable", walk_portable, false, [] { return true; }},
+      {"portable", walk_portable, measure_portable, false, [] { return true; }},
 #endif
   };
   return sets;

@@ -4,30 +4,48 @@
 
 #include "../core/formats.h"
 #include "../core/rule.h"
+#include "../core/squares.h"
 
 namespace fused_sgd::cpu {
 namespace {
 
+// What a loop does beside the step, known when it is compiled. kMomentum and kEma decide which memory is touched;
+// kUsual keeps a division, three factors and two selects out of the usual loop, which matters where conversions to 16
+// bits keep the processor busy.
+template <bool kHasMomentum, bool kHasEma, bool kIsUsual>
+struct Kind {
+  static constexpr bool kMomentum = kHasMomentum, kEma = kHasEma, kUsual = kIsUsual;
+};
+
+template <class T>
+bool is_usual(const Hyperparameters<T>& h) {
+  return !h.has_grad_scale && !h.nesterov && !h.has_ema && h.grad_factor == T(1) && h.decay_factor == T(1) &&
+         h.trust_ratio == T(1);
+}
+
 // Elements [begin, end) of one tensor, where every format stores each element by itself.
-// The constants repeat what the hyperparameters say: kMomentum decides which memory is touched; kUsual keeps a division
-// and three selects out of the usual loop, which matters where conversions to 16 bits keep the processor busy.
-template <class P, class G, class M, bool kMomentum, bool kUsual>
+template <class P, class G, class M, class K>
 void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
                    int64_t end) {
   using Acc = typename P::Acc;
   const P param(columns);
   const G grad(columns + P::kColumns);
   const M momentum(columns + P::kColumns + G::kColumns);
+  Acc* ema = K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
   Hyperparameters<Acc> h = hyperparameters;
-  h.has_momentum = kMomentum;
-  if constexpr (kUsual) h.has_grad_scale = h.maximize = h.nesterov = h.first_step = false;
+  h.has_momentum = K::kMomentum;
+  if constexpr (K::kUsual) {
+    h.has_grad_scale = h.nesterov = false;
+    h.grad_factor = h.decay_factor = h.trust_ratio = Acc(1);
+  }
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     Acc p = param.load(i);
-    Acc b = kMomentum ? momentum.load(i) : Acc(0);
+    Acc b = K::kMomentum ? momentum.load(i) : Acc(0);
     update(h, static_cast<Acc>(grad.load(i)), p, b);
-    param.store(i, p);
-    if constexpr (kMomentum) momentum.store(i, b);
+    p = param.store(i, p);
+    if constexpr (K::kMomentum) momentum.store(i, b);
+    if constexpr (K::kEma) average(h, p, ema[i]);
   }
 }
 
@@ -39,6 +57,7 @@ void walk_blocks(void* const* columns, const Hyperparameters<typename P::Acc>& h
   const P param(columns);
   const G grad(columns + P::kColumns);
   const M momentum(columns + P::kColumns + G::kColumns);
+  Acc* ema = static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]);
   for (int64_t block = begin; block < end; block += M::kBlock) {
     const int64_t count = end - block < M::kBlock ? end - block : M::kBlock;
     Acc values[M::kBlock];
@@ -47,12 +66,36 @@ void walk_blocks(void* const* columns, const Hyperparameters<typename P::Acc>& h
       Acc p = param.load(block + i);
       values[i] = momentum.load(block + i);
       update(h, static_cast<Acc>(grad.load(block + i)), p, values[i]);
-      param.store(block + i, p);
+      p = param.store(block + i, p);
       M::reduce(reduction, values[i]);
+      if (h.has_ema) average(h, p, ema[block + i]);
     }
     for (int64_t i = 0; i < count; ++i) momentum.store(block + i, values[i], reduction);
     momentum.finish(block / M::kBlock, reduction);
   }
+}
+
+// The sum of squares of one tile, by the scheme of squares.h. load(i): element i of the tile, below `count`.
+template <class T, class Load>
+double tile_squares(int count, Load load) {
+  alignas(64) double lanes[kLanes] = {};
+  alignas(64) T padded[2 * kLanes];
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const int begin = pair * 2 * kLanes;
+    if (begin >= count) break;
+    if (begin + 2 * kLanes <= count) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T first = load(begin + lane), second = load(begin + lane + kLanes);
+        lanes[lane] += square_pair(static_cast<double>(first), static_cast<double>(second));
+      }
+    } else {
+      for (int i = 0; i < 2 * kLanes; ++i) padded[i] = begin + i < count ? load(begin + i) : T(0);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += square_pair(static_cast<double>(padded[lane]), static_cast<double>(padded[lane + kLanes]));
+      }
+    }
+  }
+  return fold(lanes, kLanes);
 }
 
 }  // namespace

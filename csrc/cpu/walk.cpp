@@ -20,40 +20,80 @@ FSGD_INLINE void prefetch_row(const Row& row) {
   }
 }
 
+template <class P, class G, class M>
+using WalkElements = void (*)(void* const*, const Hyperparameters<typename P::Acc>&, int64_t, int64_t);
+
+template <class P, class G, class M>
+WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h) {
+  static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
+  const bool usual = is_usual(h);
+  if (!h.has_momentum) {
+    if (usual) return walk_elements<P, G, M, Kind<false, false, true>>;
+    return h.has_ema ? walk_elements<P, G, M, Kind<false, true, false>>
+                     : walk_elements<P, G, M, Kind<false, false, false>>;
+  }
+  if constexpr (M::kBlock == 1) {
+    if (usual) return walk_elements<P, G, M, Kind<true, false, true>>;
+    return h.has_ema ? walk_elements<P, G, M, Kind<true, true, false>>
+                     : walk_elements<P, G, M, Kind<true, false, false>>;
+  } else {
+    return walk_blocks<P, G, M>;
+  }
+}
+
 // Walks from element `begin` of row `first` to the end of the range, or to the first row of another combination, and
 // returns the row to go on with. The hyperparameters are cast once for as long as they stay the same.
 template <class P, class G, class M>
 uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t chunk_end) {
-  static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
-  using Acc = typename P::Acc;
-  using WalkElements = void (*)(void* const*, const Hyperparameters<Acc>&, int64_t, int64_t);
-  Hyperparameters<Acc> h{Group{}, nullptr, false};
-  WalkElements walk = nullptr;
+  Hyperparameters<typename P::Acc> h{Group{}, Scalars{}, 0};
+  WalkElements<P, G, M> walk = nullptr;
   const uint32_t combination = table.row(first).combination();
   uint32_t kind = 0;
+  bool own_ratio = false;
   for (uint32_t i = first;; ++i, begin = 0) {
     const Row& row = table.row(i);
-    if (walk == nullptr || row.kind != kind) {
+    if (walk == nullptr || row.kind != kind || own_ratio) {
       if (row.combination() != combination) return i;
       kind = row.kind;
-      h = Hyperparameters<Acc>(table.groups[row.group()], table.grad_scale, row.first_step());
-      const bool usual = !h.has_grad_scale && !h.maximize && !h.nesterov && !h.first_step;
-      if (!h.has_momentum) {
-        walk = usual ? walk_elements<P, G, M, false, true> : walk_elements<P, G, M, false, false>;
-      } else if constexpr (M::kBlock == 1) {
-        walk = usual ? walk_elements<P, G, M, true, true> : walk_elements<P, G, M, true, false>;
-      } else {
-        walk = walk_blocks<P, G, M>;
-      }
+      const Group& group = table.groups[row.group()];
+      own_ratio = (group.lars & kLars) != 0;
+      h = Hyperparameters<typename P::Acc>(group, table.scalars, i);
+      walk = choose_walk<P, G, M>(h);
     }
     if (row.chunk_end >= chunk_end) {  // the last row of the range, perhaps not to its end
-      const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements(P::kBytes);
+      const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements();
       walk(row.columns(), h, begin, end < row.length ? end : row.length);
       return i + 1;
     }
     prefetch_row<P::kColumns + G::kColumns + M::kColumns>(table.row(i + 1));
     walk(row.columns(), h, begin, row.length);
   }
+}
+
+// The sums of squares of one tile of a row.
+template <class P, class G, class M>
+bool measure_tile(const Table& table, const Row& row, int64_t tile, double* grad_squares, double* param_squares) {
+  using Acc = typename P::Acc;
+  const P param(row.columns());
+  const G grad(row.columns() + P::kColumns);
+  const int64_t begin = tile << kLog2Tile;
+  const int count = static_cast<int>(row.length - begin < kTile ? row.length - begin : kTile);
+  decltype(is_nonfinite(Acc())) nonfinite = 0;
+  const auto raw = [&](int i) {
+    const Acc g = static_cast<Acc>(grad.load(begin + i));
+    nonfinite |= is_nonfinite(g);
+    return g;
+  };
+  if (table.scalars.grad_scale != nullptr) {
+    const Acc scale = static_cast<Acc>(*table.scalars.grad_scale);
+    *grad_squares = tile_squares<Acc>(count, [&](int i) { return divide(raw(i), scale); });
+  } else {
+    *grad_squares = tile_squares<Acc>(count, raw);
+  }
+  if (param_squares != nullptr) {
+    *param_squares = tile_squares<Acc>(count, [&](int i) { return static_cast<Acc>(param.load(begin + i)); });
+  }
+  return nonfinite != 0;
 }
 
 using WalkRows = uint32_t (*)(const Table&, uint32_t first, int64_t begin, uint32_t chunk_end);
@@ -64,6 +104,14 @@ constexpr WalkRows kWalkRows[] = {
 #undef FSGD_WALK_ROWS
 };
 
+using MeasureTile = bool (*)(const Table&, const Row&, int64_t tile, double* grad_squares, double* param_squares);
+
+constexpr MeasureTile kMeasureTile[] = {
+#define FSGD_MEASURE_TILE(P, G, M) measure_tile<P, G, M>,
+    FSGD_COMBINATIONS(FSGD_MEASURE_TILE)
+#undef FSGD_MEASURE_TILE
+};
+
 }  // namespace
 
 #define FSGD_CONCAT_(a, b) a##b
@@ -72,13 +120,30 @@ constexpr WalkRows kWalkRows[] = {
 void FSGD_CONCAT(walk_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end) {
   if (chunk_begin >= chunk_end) return;
   uint32_t row = table.find_row(chunk_begin);
-  const Combination& combination = kCombinations[table.row(row).combination()];
-  int64_t begin = (chunk_begin - table.chunk_begin(row)) * table.chunk_elements(1 << combination.parameter_log2_bytes);
+  int64_t begin = (chunk_begin - table.chunk_begin(row)) * table.chunk_elements();
   for (;;) {
     row = kWalkRows[table.row(row).combination()](table, row, begin, chunk_end);
     if (table.row(row - 1).chunk_end >= chunk_end) return;
     begin = 0;
   }
+}
+
+bool FSGD_CONCAT(measure_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
+                                     double* param_squares) {
+  bool nonfinite = false;
+  const uint32_t tiles_a_chunk = 1u << (table.log2_chunk - kLog2Tile);
+  uint32_t i = chunk_begin < chunk_end ? table.find_row(chunk_begin) : 0;
+  for (uint32_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    while (table.row(i).chunk_end <= chunk) ++i;
+    const Row& row = table.row(i);
+    const int64_t first = int64_t{chunk - table.chunk_begin(i)} * tiles_a_chunk;
+    for (int64_t tile = first; tile < first + tiles_a_chunk && tile << kLog2Tile < row.length; ++tile) {
+      const std::size_t slot = table.first_tile(i) + static_cast<std::size_t>(tile);
+      nonfinite |= kMeasureTile[row.combination()](table, row, tile, grad_squares + slot,
+                                                   param_squares == nullptr ? nullptr : param_squares + slot);
+    }
+  }
+  return nonfinite;
 }
 
 }  // namespace fused_sgd::cpu

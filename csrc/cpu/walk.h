@@ -9,11 +9,18 @@
 
 namespace fused_sgd::cpu {
 
+// The step.
 using Walk = void (*)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
+
+// The sums of squares of each tile of the gradients and, if asked for, of the parameters; null if not. They go to
+// [tile], numbered as Table::first_tile() says. Returns whether a gradient is not finite.
+using Measure = bool (*)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
+                         double* param_squares);
 
 struct InstructionSet {
   const char* name;  // "avx512", "avx2" or "portable"
   Walk walk;
+  Measure measure;
   bool fast_fma;  // whether std::fma is one instruction; where it is not, results are the same and slow
   bool (*runs_here)();
 };

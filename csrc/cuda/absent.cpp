@@ -15,9 +15,9 @@ struct Launcher::Captured {};
 
 Launcher::Launcher(int device) : device_(device) { refuse(); }
 Launcher::~Launcher() = default;
-void Launcher::write_outside_capture(Memory&, const TablePacker&) {}
-void Launcher::prepare(TablePacker&, Stream) { refuse(); }
-void Launcher::launch(const TablePacker&, const Scalars&, Stream) { refuse(); }
+void Launcher::prepare(TablePacker&, Stream, Norms) { refuse(); }
+void Launcher::measure(const TablePacker&, const Scalars&, const float*, Stream) { refuse(); }
+void Launcher::launch(const TablePacker&, const Scalars&, const float*, Stream) { refuse(); }
 
 std::string architectures() { return ""; }
 std::string obstacle(int) { return "fused_sgd was built without CUDA kernels"; }

@@ -19,21 +19,26 @@ inline void pack(const TablePacker& packer, std::byte* destination) {
   std::memcpy(destination + groups.size_bytes(), packer.rows().data(), packer.rows().size_bytes());
 }
 
-// What only the step knows. Pointers are the device's.
-struct Scalars {
-  const float* grad_scale = nullptr;
-  const float* found_inf = nullptr;
-  float grad_scale_value = 1;  // instead of a pointer
-  bool has_grad_scale_value = false;
+// Where the first pass of a step leaves its sums; see squares.h. All of it is the device's.
+struct Sums {
+  double* grad_tiles = nullptr;
+  double* param_tiles = nullptr;  // null where nobody asks for the parameters' norms
+  double* row_squares = nullptr;  // parameter and gradient of each row
+  double* totals = nullptr;       // sum of squares of all gradients, and 1 if one of them is not finite
+  uint32_t* nonfinite = nullptr;  // 0 between two steps, like the ticket
+  uint32_t* ticket = nullptr;
 };
 
 struct Head {
   const std::byte* memory;  // of a table that is not in the arguments
   Scalars scalars;
+  Sums sums;
+  float grad_scale;  // instead of a pointer to it
+  uint32_t has_grad_scale;
   uint32_t groups_bytes;
   uint32_t row_count;
   uint32_t row_bytes;
-  uint32_t log2_chunk_bytes;
+  uint32_t log2_chunk;
 };
 
 // The arguments of one launch. kCapacity: bytes of the table they hold, or 0 when it is in device memory.
@@ -44,15 +49,14 @@ struct Arguments {
 
   FSGD_INLINE Table table() const {
     const std::byte* packed = kCapacity == 0 ? head.memory : bytes;
-    const Scalars& scalars = head.scalars;
     Table table;
     table.groups = reinterpret_cast<const Group*>(packed);
     table.rows = packed + head.groups_bytes;
-    table.grad_scale = scalars.has_grad_scale_value ? &scalars.grad_scale_value : scalars.grad_scale;
-    table.found_inf = scalars.found_inf;
+    table.scalars = head.scalars;
+    if (head.has_grad_scale != 0) table.scalars.grad_scale = &head.grad_scale;
     table.row_count = head.row_count;
     table.row_bytes = head.row_bytes;
-    table.log2_chunk_bytes = head.log2_chunk_bytes;
+    table.log2_chunk = head.log2_chunk;
     return table;
   }
 };
@@ -62,17 +66,28 @@ inline constexpr std::size_t kSmallCapacity = 4096;
 inline constexpr std::size_t kLargeCapacity = (kMaxArgumentBytes - sizeof(Head)) / 8 * 8;
 static_assert(sizeof(Arguments<kLargeCapacity>) <= kMaxArgumentBytes);
 
-inline Head make_head(const TablePacker& packer, const Scalars& scalars, const std::byte* memory) {
-  const Table table = packer.table(nullptr);
-  const auto groups_bytes = static_cast<uint32_t>(packer.groups().size_bytes());
-  return Head{memory, scalars, groups_bytes, table.row_count, table.row_bytes, table.log2_chunk_bytes};
+// grad_scale: a number on the host, or null when there is none or scalars has its address.
+inline Head make_head(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, const Sums& sums,
+                      const std::byte* memory) {
+  const Table table = packer.table();
+  Head head{};
+  head.memory = memory;
+  head.scalars = scalars;
+  head.sums = sums;
+  head.grad_scale = grad_scale != nullptr ? *grad_scale : 1;
+  head.has_grad_scale = grad_scale != nullptr;
+  head.groups_bytes = static_cast<uint32_t>(packer.groups().size_bytes());
+  head.row_count = table.row_count;
+  head.row_bytes = table.row_bytes;
+  head.log2_chunk = table.log2_chunk;
+  return head;
 }
 
-// A chunk of 8 to 64 KiB of parameter: small enough that every block the device can hold at once has work, large enough
-// that looking the row up costs nothing. A block of 256 threads loads 8 KiB of each column at a time.
-constexpr uint32_t choose_log2_chunk_bytes(uint64_t parameter_bytes, uint64_t blocks_at_once) {
-  uint32_t log2 = 13;
-  while (log2 < 16 && (blocks_at_once << (log2 + 1)) <= parameter_bytes) ++log2;
+// A chunk of 4096 to 16384 elements: small enough that every block the device can hold at once has work, large enough
+// that looking the row up costs nothing.
+constexpr uint32_t choose_log2_chunk(uint64_t elements, uint64_t blocks_at_once) {
+  uint32_t log2 = kLog2Tile;
+  while (log2 < kLog2Tile + 2 && (blocks_at_once << (log2 + 1)) <= elements) ++log2;
   return log2;
 }
 

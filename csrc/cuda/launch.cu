@@ -1,7 +1,10 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
+#include <map>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "launch.h"
@@ -11,28 +14,70 @@ namespace {
 
 // A table of one combination has a kernel of its own, which takes few registers; one that mixes them has the switch.
 // How many blocks a multiprocessor holds at least bounds the registers: as many as do without spills.
-template <int kCombination>
-constexpr int kBlocksAtOnce = 2;
-template <>
-constexpr int kBlocksAtOnce<Line_Float32_Float32_Float32> = 4;
-template <>
-constexpr int kBlocksAtOnce<Line_BFloat16_BFloat16_BFloat16> = 3;
+constexpr int blocks_at_once(int combination, bool ema, bool table_in_memory) {
+  switch (combination) {
+    case Line_Float32_Float32_Float32:
+      return ema ? 3 : 4;
+    case Line_BFloat16_BFloat16_BFloat16:
+      return ema || table_in_memory ? 2 : 3;
+    default:
+      return ema ? 1 : 2;
+  }
+}
+
+template <int kCombination, bool kEma, std::size_t kCapacity>
+__global__ __launch_bounds__(kThreads, blocks_at_once(kCombination, kEma, kCapacity == 0)) void sgd_step(
+    const __grid_constant__ Arguments<kCapacity> arguments) {
+  walk_thread<kCombination, kEma>(arguments.table(), blockIdx.x, threadIdx.x);
+}
+
+// Runs a phase of measure.h: this thread's part, then a barrier.
+struct Phase {
+  template <class F>
+  __device__ __forceinline__ void operator()(F f) const {
+    f(threadIdx.x);
+    __syncthreads();
+  }
+};
 
 template <int kCombination, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, kBlocksAtOnce<kCombination>) void sgd_step(
+__global__ __launch_bounds__(kThreads, kCombination == kAnyCombination ? 2 : 4) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
-  walk_thread<kCombination>(arguments.table(), blockIdx.x, threadIdx.x);
+  __shared__ BlockMemory memory;
+  __shared__ bool is_last;
+  const Table table = arguments.table();
+  const Sums& sums = arguments.head.sums;
+  measure_block<kCombination>(table, sums, blockIdx.x, memory, Phase());
+  if (threadIdx.x == 0) {
+    __threadfence();  // the tiles are written before the ticket is taken
+    is_last = atomicAdd(sums.ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (is_last) add_up(table, sums, memory, Phase());
+}
+
+template <bool kEma, std::size_t kCapacity>
+const void* step_kernel(int combination) {
+  switch (combination) {
+    case Line_Float32_Float32_Float32:
+      return reinterpret_cast<const void*>(&sgd_step<Line_Float32_Float32_Float32, kEma, kCapacity>);
+    case Line_BFloat16_BFloat16_BFloat16:
+      return reinterpret_cast<const void*>(&sgd_step<Line_BFloat16_BFloat16_BFloat16, kEma, kCapacity>);
+    default:
+      return reinterpret_cast<const void*>(&sgd_step<kAnyCombination, kEma, kCapacity>);
+  }
 }
 
 template <std::size_t kCapacity>
-const void* kernel_for(int combination) {
+const void* measure_kernel(int combination) {
   switch (combination) {
     case Line_Float32_Float32_Float32:
-      return reinterpret_cast<const void*>(&sgd_step<Line_Float32_Float32_Float32, kCapacity>);
+      return reinterpret_cast<const void*>(&measure_gradients<Line_Float32_Float32_Float32, kCapacity>);
     case Line_BFloat16_BFloat16_BFloat16:
-      return reinterpret_cast<const void*>(&sgd_step<Line_BFloat16_BFloat16_BFloat16, kCapacity>);
+      return reinterpret_cast<const void*>(&measure_gradients<Line_BFloat16_BFloat16_BFloat16, kCapacity>);
     default:
-      return reinterpret_cast<const void*>(&sgd_step<kAnyCombination, kCapacity>);
+      return reinterpret_cast<const void*>(&measure_gradients<kAnyCombination, kCapacity>);
   }
 }
 
@@ -74,6 +119,22 @@ class RelaxedCapture {
   int mode_;
 };
 
+// Work on a stream of its own, waited for: a capture must not repeat it with each replay.
+template <class Work>
+void outside_capture(int device, const char* what, Work work) {
+  const RelaxedCapture relaxed;
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), device, "creating a stream");
+  try {
+    work(stream);
+    check(cudaStreamSynchronize(stream), device, what);
+  } catch (...) {
+    (void)cudaStreamDestroy(stream);
+    throw;
+  }
+  (void)cudaStreamDestroy(stream);
+}
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), device, "asking for an attribute of the device");
@@ -81,6 +142,10 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 }  // namespace
+
+// Of memory that is not pinned, larger copies may wait for the stream (CUDA programming guide, "Concurrent Execution
+// between Host and Device"). Pinned memory would have to stay until the copy is done, which the host cannot know.
+constexpr std::size_t kMaxAsyncCopy = 64 * 1024;
 
 // A table in device memory, and what it holds.
 class Launcher::Memory {
@@ -101,7 +166,7 @@ class Launcher::Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  const std::byte* data() const { return static_cast<const std::byte*>(data_); }
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
   std::size_t capacity() const { return capacity_; }
   bool holds(const TablePacker& packer) const {
     const auto groups = std::as_bytes(packer.groups()), rows = packer.rows();
@@ -115,8 +180,12 @@ class Launcher::Memory {
     std::vector<std::byte> content(packed_bytes(packer));
     pack(packer, content.data());
     content_.clear();  // if this fails, nobody knows what the device holds
-    check(cudaMemcpyAsync(data_, content.data(), content.size(), cudaMemcpyHostToDevice, stream), device_,
-          "writing the table");
+    for (std::size_t begin = 0; begin < content.size(); begin += kMaxAsyncCopy) {
+      const std::size_t bytes = std::min(kMaxAsyncCopy, content.size() - begin);
+      check(cudaMemcpyAsync(static_cast<std::byte*>(data_) + begin, content.data() + begin, bytes,
+                            cudaMemcpyHostToDevice, stream),
+            device_, "writing the table");
+    }
     content_ = std::move(content);
   }
 
@@ -143,69 +212,100 @@ class Launcher::Memory {
 // Tables whose addresses CUDA graphs may have kept.
 struct Launcher::Captured {
   std::vector<std::unique_ptr<Memory>> tables;
-  const Memory* prepared = nullptr;  // for the launch that comes next, if that is captured
+  const Memory* prepared = nullptr;  // for the launch that comes next; null if that is not captured
 };
-
-// A copy that was captured would be repeated by each replay, from host memory that is long gone.
-void Launcher::write_outside_capture(Memory& memory, const TablePacker& packer) {
-  const RelaxedCapture relaxed;
-  cudaStream_t stream = nullptr;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), device_, "creating a stream");
-  try {
-    memory.write(packer, stream);
-    check(cudaStreamSynchronize(stream), device_, "writing the table");
-  } catch (...) {
-    (void)cudaStreamDestroy(stream);
-    throw;
-  }
-  (void)cudaStreamDestroy(stream);
-}
 
 Launcher::Launcher(int device)
     : device_(device),
       blocks_at_once_(static_cast<uint64_t>(attribute(cudaDevAttrMultiProcessorCount, device)) *
-                      kBlocksAtOnce<Line_Float32_Float32_Float32>),
+                      blocks_at_once(Line_Float32_Float32_Float32, false, false)),
       captured_(std::make_unique<Captured>()) {}
 
 Launcher::~Launcher() = default;
 
-void Launcher::prepare(TablePacker& packer, Stream stream) {
-  packer.rechunk(choose_log2_chunk_bytes(packer.parameter_bytes(), blocks_at_once_));
+void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
+  packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks_at_once_));
+  if (norms != Norms::None) make_room(packer, norms);
   const std::size_t bytes = packed_bytes(packer);
+  captured_->prepared = nullptr;
   if (bytes <= kLargeCapacity) return;
-  const OnDevice on(device_);
   if (is_capturing(stream)) {
-    captured_->prepared = nullptr;
     for (const auto& table : captured_->tables) {
       if (table->holds(packer)) captured_->prepared = table.get();
     }
     if (captured_->prepared != nullptr) return;
+    const OnDevice on(device_);
     auto table = std::make_unique<Memory>(bytes, device_);
-    write_outside_capture(*table, packer);
+    outside_capture(device_, "writing the table", [&](cudaStream_t own) { table->write(packer, own); });
     captured_->prepared = table.get();
     captured_->tables.push_back(std::move(table));
     return;
   }
   if (memory_ != nullptr && memory_->holds(packer)) return;
+  const OnDevice on(device_);
   if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = std::make_unique<Memory>(2 * bytes, device_);
   const auto current = static_cast<cudaStream_t>(stream);
   memory_->use(current, [&] { memory_->write(packer, current); });
 }
 
-void Launcher::launch(const TablePacker& packer, const Scalars& scalars, Stream stream_handle) {
+void Launcher::make_room(const TablePacker& packer, Norms norms) {
+  const OnDevice on(device_);
+  const auto cleared = [&](std::size_t bytes) {
+    auto memory = std::make_unique<Memory>(bytes, device_);
+    outside_capture(device_, "clearing memory for norms", [&](cudaStream_t own) {
+      check(cudaMemsetAsync(memory->data(), 0, bytes, own), device_, "clearing memory for norms");
+    });
+    sum_memory_.push_back(std::move(memory));
+    return sum_memory_.back()->data();
+  };
+  if (skipped_steps_ == nullptr) skipped_steps_ = reinterpret_cast<int64_t*>(cleared(sizeof(int64_t)));
+  const Table table = packer.table();
+  const bool params = norms == Norms::GradientsAndParameters;
+  if (table.tile_count() > tile_capacity_ || table.row_count > row_capacity_ || (params && param_tiles_ == nullptr)) {
+    const std::size_t tiles = 2 * table.tile_count(), rows = 2 * std::size_t{table.row_count};
+    const std::size_t doubles = 2 + 2 * rows + (params ? 2 : 1) * tiles + 1;  // the last one: flag and ticket
+    auto* next = reinterpret_cast<double*>(cleared(doubles * sizeof(double)));
+    const auto take = [&](std::size_t count) { return std::exchange(next, next + count); };
+    sums_.totals = take(2);
+    sums_.row_squares = take(2 * rows);
+    sums_.grad_tiles = take(tiles);
+    param_tiles_ = params ? take(tiles) : nullptr;
+    sums_.nonfinite = reinterpret_cast<uint32_t*>(next);
+    sums_.ticket = sums_.nonfinite + 1;
+    tile_capacity_ = tiles;
+    row_capacity_ = rows;
+  }
+  sums_.param_tiles = params ? param_tiles_ : nullptr;
+}
+
+void Launcher::measure(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream) {
+  run(Pass::Measure, packer, scalars, grad_scale, stream);
+}
+
+void Launcher::launch(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream) {
+  run(Pass::Step, packer, scalars, grad_scale, stream);
+}
+
+void Launcher::run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale,
+                   Stream stream_handle) {
   const OnDevice on(device_);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  const dim3 blocks(packer.table(nullptr).chunk_count());
+  const dim3 blocks(packer.table().chunk_count());
   const int combination = packer.only_combination();
+  const bool ema = packer.has_ema();
   const std::size_t bytes = packed_bytes(packer);
-  const auto go = [&](const void* kernel, const void* arguments) {
-    void* pointers[] = {const_cast<void*>(arguments)};
-    check(cudaLaunchKernel(kernel, blocks, dim3(kThreads), pointers, 0, stream), device_, "launching the step");
+  const auto go = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
+    const void* kernel = pass == Pass::Measure ? measure_kernel<kCapacity>(combination)
+                         : ema                 ? step_kernel<true, kCapacity>(combination)
+                                               : step_kernel<false, kCapacity>(combination);
+    void* pointers[] = {&arguments};
+    check(cudaLaunchKernel(kernel, blocks, dim3(kThreads), pointers, 0, stream), device_,
+          pass == Pass::Measure ? "launching the norms" : "launching the step");
   };
   const auto with_table_in_arguments = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
-    arguments.head = make_head(packer, scalars, nullptr);
+    arguments.head = make_head(packer, scalars, grad_scale, sums_, nullptr);
     pack(packer, arguments.bytes);
-    go(kernel_for<kCapacity>(combination), &arguments);
+    go(arguments);
   };
   if (bytes <= kSmallCapacity) {
     Arguments<kSmallCapacity> arguments;
@@ -216,37 +316,32 @@ void Launcher::launch(const TablePacker& packer, const Scalars& scalars, Stream 
     return with_table_in_arguments(arguments);
   }
   const auto walk = [&](const Memory& memory) {
-    const Arguments<0> arguments{make_head(packer, scalars, memory.data()), {}};
-    go(kernel_for<0>(combination), &arguments);
+    Arguments<0> arguments{make_head(packer, scalars, grad_scale, sums_, memory.data()), {}};
+    go(arguments);
   };
-  if (is_capturing(stream_handle)) return walk(*captured_->prepared);  // written and waited for already
+  if (captured_->prepared != nullptr) return walk(*captured_->prepared);  // written and waited for already
   memory_->use(stream, [&] { walk(*memory_); });
 }
 
 std::string architectures() { return FSGD_CUDA_ARCHITECTURES; }
 
 std::string obstacle(int device) {
-  static std::vector<std::string> known;  // by device; the GIL guards it
-  if (static_cast<std::size_t>(device) < known.size()) return known[device];
+  static std::map<int, std::string> known;  // the GIL guards it
+  if (const auto found = known.find(device); found != known.end()) return found->second;
   try {
-    for (int i = static_cast<int>(known.size()); i <= device; ++i) {
-      const OnDevice on(i);
-      cudaFuncAttributes attributes;
-      const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_for<0>(kAnyCombination));
-      std::string reason;
-      if (error != cudaSuccess) {
-        (void)cudaGetLastError();
-        reason = "cuda:" + std::to_string(i) + " has compute capability " +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, i)) + "." +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, i)) + ", the kernels were built for " +
-                 architectures() + " (" + cudaGetErrorName(error) + ")";
-      }
-      known.push_back(reason);
-    }
-  } catch (const std::runtime_error& error) {  // no driver, no such device
+    // Of this device and no other: asking starts a context, which takes half a gigabyte there.
+    const OnDevice on(device);
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAnyCombination));
+    if (error == cudaSuccess) return known[device] = "";
+    (void)cudaGetLastError();
+    return known[device] = "cuda:" + std::to_string(device) + " has compute capability " +
+                           std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
+                           std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device)) +
+                           ", the kernels were built for " + architectures() + " (" + cudaGetErrorName(error) + ")";
+  } catch (const std::runtime_error& error) {  // no driver, no such device; not remembered
     return error.what();
   }
-  return known[device];
 }
 
 bool is_capturing(Stream stream) {

@@ -4,12 +4,16 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
+#include "measure.h"
 
 namespace fused_sgd::cuda {
 
 using Stream = void*;  // cudaStream_t
+
+enum class Norms : uint8_t { None, Gradients, GradientsAndParameters };
 
 // One optimizer's launches on one device. Every function throws std::runtime_error, naming the device and the cause.
 class Launcher {
@@ -19,22 +23,37 @@ class Launcher {
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
 
-  // Chooses the size of the chunks and, if the table is too large for the arguments and not what the device already
-  // holds, brings it into device memory. Whatever can fail fails here, before anything is written.
-  void prepare(TablePacker& packer, Stream stream);
-  // Walks what was prepared last.
-  void launch(const TablePacker& packer, const Scalars& scalars, Stream stream);
+  // Chooses the size of the chunks; brings the table into device memory if it is too large for the arguments and not
+  // what the device already holds; makes room for the sums of measure(), if they are asked for. Whatever can fail fails
+  // here, before anything is written.
+  void prepare(TablePacker& packer, Stream stream, Norms norms);
+  // The first pass, over what was prepared last: leaves its sums where totals() and row_squares() say.
+  void measure(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
+  // The step, over what was prepared last. grad_scale: a number on the host, or null.
+  void launch(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
+
+  double* totals() const { return sums_.totals; }            // 2
+  double* row_squares() const { return sums_.row_squares; }  // 2 a row
+  int64_t* skipped_steps() const { return skipped_steps_; }
 
  private:
   class Memory;
   struct Captured;
-  void write_outside_capture(Memory& memory, const TablePacker& packer);
+  void make_room(const TablePacker& packer, Norms norms);
+  enum class Pass { Measure, Step };
+  void run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
 
   int device_;
   uint64_t blocks_at_once_ = 0;
   std::unique_ptr<Memory> memory_;  // of a table too large for the arguments; rewritten when it changed
   // A CUDA graph keeps the address of a table that it saw: such tables stay, unchanged, for as long as the optimizer.
   std::unique_ptr<Captured> captured_;
+  // Of the first pass. What it outgrew stays as well: a graph may hold it.
+  std::vector<std::unique_ptr<Memory>> sum_memory_;
+  Sums sums_;
+  int64_t* skipped_steps_ = nullptr;
+  double* param_tiles_ = nullptr;
+  std::size_t tile_capacity_ = 0, row_capacity_ = 0;
 };
 
 // Compute capabilities the kernels were built for, as in "75;80;90"; empty when there are none.

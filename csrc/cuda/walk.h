@@ -14,14 +14,15 @@ inline constexpr int kBytesInFlight = 96;   // a thread loads at most so many be
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
-// The part of one tensor that one thread walks.
-template <class P, class G, class M>
+// The part of one tensor that one thread walks. kEma: whether some row of the table has an average.
+template <class P, class G, class M, bool kEma>
 class ThreadWalk {
   static_assert(P::kBlock == 1 && G::kBlock == 1 && M::kBlock == 1, "blocks of elements need a reduction in between");
   using Acc = typename P::Acc;
+  using Ema = Plain<Acc, Acc, identity<Acc>, identity<Acc>>;
   // Elements a pack: 16 bytes of the narrowest column, and as many elements of the others.
   static constexpr int kPack = 16 / smallest(P::kBytes, smallest(G::kBytes, M::kBytes));
-  static constexpr int kPackBytes = kPack * (P::kBytes + G::kBytes + M::kBytes);
+  static constexpr int kPackBytes = kPack * (P::kBytes + G::kBytes + M::kBytes + (kEma ? int{sizeof(Acc)} : 0));
   static constexpr int kUnroll = kPackBytes * 2 <= kBytesInFlight ? 2 : 1;
 
  public:
@@ -29,6 +30,7 @@ class ThreadWalk {
       : param_(columns),
         grad_(columns + P::kColumns),
         momentum_(columns + P::kColumns + G::kColumns),
+        ema_(columns + P::kColumns + G::kColumns + M::kColumns),
         h_(hyperparameters) {}
 
   // Chunk number `chunk` of this tensor. Heads are peeled per tensor: its first chunk is longer by the elements before
@@ -44,12 +46,13 @@ class ThreadWalk {
     if (tail + thread < end) element(tail + thread);
     // A column that is not aligned where the packs begin is accessed element by element.
     const bool wide_param = param_.aligned(head), wide_grad = grad_.aligned(head),
-               wide_momentum = momentum_.aligned(head);
+               wide_momentum = momentum_.aligned(head), wide_ema = has_ema() && ema_.aligned(head);
     for (uint32_t j = thread; j < packs; j += kThreads * kUnroll) {
       // All loads come before the first store. What they bring stays packed until its turn comes, to save registers.
       typename P::template Packed<kPack> packed_p[kUnroll];
       typename G::template Packed<kPack> packed_g[kUnroll];
       typename M::template Packed<kPack> packed_b[kUnroll];
+      typename Ema::template Packed<kPack> packed_e[kUnroll];
       FSGD_UNROLL
       for (int u = 0; u < kUnroll; ++u) {
         if (j + u * kThreads >= packs) continue;
@@ -57,6 +60,7 @@ class ThreadWalk {
         packed_p[u] = param_.template load_pack<kPack>(i, wide_param);
         packed_g[u] = grad_.template load_pack<kPack>(i, wide_grad);
         if (h_.has_momentum) packed_b[u] = momentum_.template load_pack<kPack>(i, wide_momentum);
+        if (has_ema()) packed_e[u] = ema_.template load_pack<kPack>(i, wide_ema);
       }
       FSGD_UNROLL
       for (int u = 0; u < kUnroll; ++u) {
@@ -71,6 +75,13 @@ class ThreadWalk {
         for (int k = 0; k < kPack; ++k) update(h_, static_cast<Acc>(g[k]), p[k], b[k]);
         param_.store_pack(i, wide_param, p);
         if (h_.has_momentum) momentum_.store_pack(i, wide_momentum, b);
+        if (has_ema()) {
+          Acc e[kPack];
+          Ema::unpack(packed_e[u], e);
+          FSGD_UNROLL
+          for (int k = 0; k < kPack; ++k) average(h_, p[k], e[k]);
+          ema_.store_pack(i, wide_ema, e);
+        }
       }
     }
   }
@@ -93,33 +104,41 @@ class ThreadWalk {
     Acc p = param_.load(i);
     Acc b = h_.has_momentum ? momentum_.load(i) : Acc(0);
     update(h_, static_cast<Acc>(grad_.load(i)), p, b);
-    param_.store(i, p);
+    p = param_.store(i, p);
     if (h_.has_momentum) momentum_.store(i, b);
+    if (has_ema()) {
+      Acc e = ema_.load(i);
+      average(h_, p, e);
+      ema_.store(i, e);
+    }
   }
+
+  FSGD_INLINE bool has_ema() const { return kEma && h_.has_ema; }
 
   P param_;
   G grad_;
   M momentum_;
+  Ema ema_;
   Hyperparameters<Acc> h_;
 };
 
-template <class P, class G, class M>
-FSGD_INLINE void walk_row(const Table& table, const Row& row, uint32_t chunk, uint32_t thread) {
-  const Hyperparameters<typename P::Acc> h(table.groups[row.group()], table.grad_scale, row.first_step());
-  ThreadWalk<P, G, M>(row.columns(), h).chunk(chunk, table.chunk_elements(P::kBytes), row.length, thread);
-}
-
 // One thread of one block. kCombination: the line of FSGD_COMBINATIONS that all rows have, or kAnyCombination.
-template <int kCombination>
+template <int kCombination, bool kEma>
 FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread) {
-  if (table.found_inf != nullptr && *table.found_inf != 0) return;
+  if (skips(table.scalars)) {
+    if (table.scalars.skipped_steps != nullptr && block == 0 && thread == 0) ++*table.scalars.skipped_steps;
+    return;
+  }
   const uint32_t i = table.find_row(block);
   const Row& row = table.row(i);
   const uint32_t chunk = block - table.chunk_begin(i);
   const int line = kCombination == kAnyCombination ? static_cast<int>(row.combination()) : kCombination;
-#define FSGD_WALK_ROW(P, G, M)                                                             \
-  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) { \
-    if (line == Line_##P##_##G##_##M) return walk_row<P, G, M>(table, row, chunk, thread); \
+#define FSGD_WALK_ROW(P, G, M)                                                                                     \
+  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) {                         \
+    if (line == Line_##P##_##G##_##M) {                                                                            \
+      const Hyperparameters<P::Acc> h(table.groups[row.group()], table.scalars, i);                                \
+      return ThreadWalk<P, G, M, kEma>(row.columns(), h).chunk(chunk, table.chunk_elements(), row.length, thread); \
+    }                                                                                                              \
   }
   FSGD_COMBINATIONS(FSGD_WALK_ROW)
 #undef FSGD_WALK_ROW

@@ -11,8 +11,24 @@ namespace py = pybind11;
 
 namespace fused_sgd {
 
-const std::array<const char*, kKeyCount> kKeyNames = {"lr",       "momentum", "dampening", "weight_decay",  "nesterov",
-                                                      "maximize", "fused",    "foreach",   "differentiable"};
+const std::array<const char*, kKeyCount> kKeyNames = {"lr",
+                                                      "momentum",
+                                                      "dampening",
+                                                      "weight_decay",
+                                                      "nesterov",
+                                                      "maximize",
+                                                      "decoupled_weight_decay",
+                                                      "max_grad_norm",
+                                                      "skip_nonfinite",
+                                                      "ema_decay",
+                                                      "fused",
+                                                      "foreach",
+                                                      "differentiable",
+                                                      "trust_coeff",
+                                                      "eps",
+                                                      "trust_clip",
+                                                      "always_adapt",
+                                                      "lr_in_momentum"};
 
 PyObject* interned(const char* text) {
   PyObject* string = PyUnicode_InternFromString(text);
@@ -65,8 +81,12 @@ bool as_bool(PyObject* value) {
 }  // namespace
 
 GroupReader::Outcome GroupReader::read(PyObject* dict) {
+  if (!any_mutable_ && version_.is_of(dict)) return kSame;
+  version_ = DictVersion();
   try {
-    return parse(dict);
+    const Outcome outcome = parse(dict);
+    version_.take(dict);
+    return outcome;
   } catch (...) {
     for (Ref& ref : seen_) ref.set(nullptr);  // what was half read is read again, and judged again
     throw;
@@ -79,21 +99,34 @@ GroupReader::Outcome GroupReader::parse(PyObject* dict) {
   for (int key = 0; key < kKeyCount; ++key) {
     PyObject* value = PyDict_GetItemWithError(dict, key_object(key));
     if (value == nullptr) {
-      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key_object(key));
-      throw py::error_already_set();
+      if (!PyErr_Occurred() && key >= kFirstOptional) {
+        value = Py_None;
+      } else {
+        if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key_object(key));
+        throw py::error_already_set();
+      }
     }
     if (value == seen_[key].get()) continue;
     changed = true;
     // A tensor may come with requires_grad, which only the reference handles.
-    path_changed = path_changed || key >= kFused || THPVariable_Check(value);
+    path_changed = path_changed || key >= kFirstPathKey || THPVariable_Check(value);
     seen_[key].set(value);
   }
   if (!changed) return kSame;
 
   any_mutable_ = false;
   for (const Ref& ref : seen_) any_mutable_ = any_mutable_ || !is_immutable(ref.get());
+  const Group before = group_;
+  const std::pair options_before(max_grad_norm_, skip_nonfinite_);
+  parse_numbers();
+  if (path_changed) return kPathChanged;
+  const bool same = group_ == before && options_before == std::pair(max_grad_norm_, skip_nonfinite_);
+  return same ? kSame : kValuesChanged;
+}
+
+// From the objects in seen_.
+void GroupReader::parse_numbers() {
   Group group;
-  double* const numbers[] = {&group.lr, &group.momentum, &group.dampening, &group.weight_decay};
   invalid_ = too_large_ = kKeyCount;
   group.lr_source = source_on_gpu(seen_[kLr].get());
   group.weight_decay_source = source_on_gpu(seen_[kWeightDecay].get());
@@ -106,28 +139,51 @@ GroupReader::Outcome GroupReader::parse(PyObject* dict) {
     group.weight_decay = address_of(seen_[kWeightDecay].get());
     weight_decay_device_ = THPVariable_Unpack(seen_[kWeightDecay].get()).device().index();
   }
-  for (int key = kLr; key <= kWeightDecay; ++key) {
-    if (key == kLr && lr_device_ != kNoDevice) continue;
-    if (key == kWeightDecay && weight_decay_device_ != kNoDevice) continue;
-    double& number = *numbers[key];
+  const auto number = [&](Key key) {
+    double value = std::nan("");
     try {
-      number = as_double(seen_[key].get());
+      value = as_double(seen_[key].get());
     } catch (const py::error_already_set&) {  // no number at all; NaN stands for it until it is replaced
-      number = std::nan("");
-    } catch (const c10::Error&) {  // a tensor of several elements
-      number = std::nan("");
+    } catch (const c10::Error&) {             // a tensor of several elements
     }
-    if (invalid_ == kKeyCount && std::isnan(number)) invalid_ = static_cast<Key>(key);
-    if (std::isfinite(number) && std::fabs(number) > std::numeric_limits<float>::max()) {
-      too_large_ = static_cast<Key>(key);
-    }
-  }
+    if (invalid_ == kKeyCount && std::isnan(value)) invalid_ = key;
+    if (std::isfinite(value) && std::fabs(value) > std::numeric_limits<float>::max()) too_large_ = key;
+    return value;
+  };
+  const auto in_range = [&](Key key, double value, bool good) {
+    if (invalid_ == kKeyCount && !good) invalid_ = key;
+    return value;
+  };
+  const auto is_given = [&](Key key) { return seen_[key].get() != Py_None; };
+  if (lr_device_ == kNoDevice) group.lr = number(kLr);
+  if (weight_decay_device_ == kNoDevice) group.weight_decay = number(kWeightDecay);
+  group.momentum = number(kMomentum);
+  group.dampening = number(kDampening);
   // An integer 0 has no sign: -lr is +0.0 then, as in Python.
   if (group.lr == 0 && PyLong_Check(seen_[kLr].get())) group.lr = -0.0;
   group.nesterov = as_bool(seen_[kNesterov].get());
   group.maximize = as_bool(seen_[kMaximize].get());
+  group.decoupled_weight_decay = as_bool(seen_[kDecoupledWeightDecay].get());
+  group.has_ema = is_given(kEmaDecay);
+  if (group.has_ema) {
+    const double decay = number(kEmaDecay);
+    group.ema_decay = in_range(kEmaDecay, decay, decay >= 0 && decay < 1);
+  }
+  max_grad_norm_ = 0;
+  if (is_given(kMaxGradNorm)) {
+    const double norm = number(kMaxGradNorm);
+    max_grad_norm_ = in_range(kMaxGradNorm, norm, norm > 0);
+  }
+  skip_nonfinite_ = as_bool(seen_[kSkipNonfinite].get());
+  if (is_given(kTrustCoeff)) {
+    group.lars = kLars | (as_bool(seen_[kTrustClip].get()) ? kTrustClipped : 0) |
+                 (as_bool(seen_[kAlwaysAdapt].get()) ? kAdaptAlways : 0) |
+                 (as_bool(seen_[kLrInMomentum].get()) ? kLrThroughMomentum : 0);
+    group.trust_coeff = number(kTrustCoeff);
+    group.trust_eps = number(kEps);
+    in_range(kDecoupledWeightDecay, 0, group.decoupled_weight_decay == 0);
+  }
   group_ = group;
-  return path_changed ? kPathChanged : kSame;
 }
 
 Group GroupReader::values_for(c10::Device device) const {

@@ -57,7 +57,8 @@ class DictVersion {
   uint64_t version_ = 0;
 };
 
-// The keys a step looks up. The path keys come last: when one of them changes, the group's parameters are judged anew.
+// The keys a step looks up. When one from kFirstPathKey on changes, the group's parameters are judged anew. Those from
+// kFirstOptional on may be missing.
 enum Key {
   kLr,
   kMomentum,
@@ -65,16 +66,27 @@ enum Key {
   kWeightDecay,
   kNesterov,
   kMaximize,
+  kDecoupledWeightDecay,
+  kMaxGradNorm,
+  kSkipNonfinite,
+  kEmaDecay,
   kFused,
   kForeach,
   kDifferentiable,
-  kKeyCount
+  kTrustCoeff,  // only of FusedLARS, like all that follow
+  kEps,
+  kTrustClip,
+  kAlwaysAdapt,
+  kLrInMomentum,
+  kKeyCount,
+  kFirstPathKey = kEmaDecay,
+  kFirstOptional = kTrustCoeff
 };
 extern const std::array<const char*, kKeyCount> kKeyNames;
 
 class GroupReader {
  public:
-  enum Outcome { kSame, kPathChanged };
+  enum Outcome { kSame, kValuesChanged, kPathChanged };
 
   // Reads `dict` again. A value that is the same object as last time is not parsed again, if it is of a kind that
   // cannot change. Throws py::error_already_set for a missing key.
@@ -83,6 +95,9 @@ class GroupReader {
   const Group& values() const { return group_; }
   // Whether a hyperparameter is a tensor on a GPU, whose kernel reads it there: then values() holds its address.
   bool has_addresses() const { return lr_device_ != kNoDevice || weight_decay_device_ != kNoDevice; }
+  // Options of the whole optimizer, which every group repeats. 0 for no clipping.
+  double max_grad_norm() const { return max_grad_norm_; }
+  bool skip_nonfinite() const { return skip_nonfinite_; }
   // values() for parameters on another device: what stands elsewhere is read, which waits for the GPU.
   Group values_for(c10::Device device) const;
   // The first hyperparameter that is finite and beyond float32's range, or kKeyCount.
@@ -93,9 +108,13 @@ class GroupReader {
 
  private:
   Outcome parse(PyObject* dict);
+  void parse_numbers();
 
   static constexpr c10::DeviceIndex kNoDevice = -1;
   Group group_;
+  double max_grad_norm_ = 0;
+  bool skip_nonfinite_ = false;
+  DictVersion version_;
   c10::DeviceIndex lr_device_ = kNoDevice;  // of the GPU that the value stands on
   c10::DeviceIndex weight_decay_device_ = kNoDevice;
   std::array<Ref, kKeyCount> seen_;

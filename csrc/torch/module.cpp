@@ -29,25 +29,33 @@ py::custom_type_setup plan_takes_part_in_gc() {
   });
 }
 
-// step(plan, param_groups, state, grad_scale, found_inf). By hand, since pybind11's argument handling would take as
-// long as a step over a dozen tensors.
+// step(plan, param_groups, state, grad_scale, found_inf, reduce, elsewhere). By hand, since pybind11's argument
+// handling would take as long as a step over a dozen tensors.
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 5 && PyList_Check(args[1]) && PyDict_Check(args[2]),
+  TORCH_CHECK(count == 7 && PyList_Check(args[1]) && PyDict_Check(args[2]),
               "optimizer.param_groups must be a list and optimizer.state a dict");
-  return py::cast<Plan&>(py::handle(args[0])).step(args[1], args[2], args[3], args[4]).release().ptr();
+  Plan& plan = py::cast<Plan&>(py::handle(args[0]));
+  return plan.step(args[1], args[2], args[3], args[4], args[5], args[6]).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
                            nullptr};
 
-bool supports(at::ScalarType param, at::ScalarType grad, at::ScalarType momentum) {
+// The line of FSGD_COMBINATIONS, or -1 when there is none.
+int combination(at::ScalarType param, at::ScalarType grad, at::ScalarType momentum) {
   if (at::isComplexType(param) != at::isComplexType(grad) || at::isComplexType(param) != at::isComplexType(momentum)) {
-    return false;
+    return -1;
   }
   const auto p = format_of(param), g = format_of(grad), m = format_of(momentum);
-  return p && g && m && find_combination(*p, *g, *m) >= 0;
+  return p && g && m ? find_combination(*p, *g, *m) : -1;
+}
+
+// The columns of a table's row in which the momentum buffer and the average stand.
+py::tuple state_columns(int line) {
+  const Combination& c = kCombinations[line];
+  return py::make_tuple(c.momentum_column(), c.ema_column());
 }
 
 // A strided tensor in memory of a CPU or GPU with nothing unusual about it but, perhaps, lazy conjugation or negation.
@@ -60,16 +68,8 @@ bool is_plain(const at::Tensor& tensor) {
   return impl.layout() == at::kStrided && impl.has_storage() && (impl.key_set().raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
-// The roles of the tensors that the kernel would reach through a copy.
-py::list staged_roles(const at::Tensor& param, const std::optional<at::Tensor>& grad,
-                      const std::optional<at::Tensor>& momentum) {
-  const auto strides = walk_strides(param);
-  py::list roles;
-  if (needs_staging(param, strides)) roles.append("parameter");
-  if (grad && needs_staging(*grad, strides)) roles.append("gradient");
-  if (momentum && needs_staging(*momentum, strides)) roles.append("momentum_buffer");
-  return roles;
-}
+// Whether the kernel would reach a tensor of a parameter's through a copy.
+bool is_staged(const at::Tensor& param, const at::Tensor& tensor) { return needs_staging(tensor, walk_strides(param)); }
 
 }  // namespace
 }  // namespace fused_sgd
@@ -82,13 +82,17 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("admit", &Plan::admit)
       .def("watch", &Plan::watch)
+      .def("totals", &Plan::totals)
+      .def("row_squares", &Plan::row_squares)
+      .def("skipped_steps", &Plan::skipped_steps)
       .def("forget_state", &Plan::forget_state)
       .def("forget", &Plan::forget);
 
   m.add_object("step", py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr)));
-  m.def("supports", &supports, "Whether the kernel takes this combination of parameter, gradient and momentum dtypes.");
+  m.def("combination", &combination, "The kernels' number for parameter, gradient and momentum dtypes, or -1.");
+  m.def("state_columns", &state_columns, "Where a combination's momentum buffer and average stand in a table's row.");
   m.def("is_plain", &is_plain, "Whether the kernel can walk this tensor's memory.");
-  m.def("staged", &staged_roles, "Which of a parameter, its gradient and momentum buffer the kernel walks as copies.");
+  m.def("is_staged", &is_staged, "Whether the kernel reaches a tensor of a parameter's through a copy.");
   m.def("overlaps_itself", &overlaps_itself, "Whether two elements of a tensor share memory.");
 
   m.def("cuda_architectures", &cuda::architectures, "Compute capabilities the kernels were built for; may be empty.");

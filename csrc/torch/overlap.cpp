@@ -68,9 +68,11 @@ bool share_memory(const Range& a, const Range& b) {
 
 }  // namespace
 
-Range make_range(const at::Tensor& tensor, const char* data, int64_t required_bytes, Role role, Where owner) {
+Range make_range(const at::Tensor& tensor, const char* data, int64_t required_bytes, Role role, Where owner,
+                 PyObject* key) {
   const bool dense = tensor.is_non_overlapping_and_dense();
-  Range range{data, data + required_bytes, dense, role, owner, {}, {}, static_cast<int64_t>(tensor.element_size())};
+  Range range{
+      data, data + required_bytes, dense, role, owner, key, {}, {}, static_cast<int64_t>(tensor.element_size())};
   if (!dense) {
     range.sizes = tensor.sizes().vec();
     range.strides = tensor.strides().vec();

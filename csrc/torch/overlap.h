@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <Python.h>
 
 #include <optional>
 #include <utility>
@@ -9,7 +10,7 @@
 
 namespace fused_sgd {
 
-enum class Role : uint8_t { Parameter, Gradient, Momentum };
+enum class Role : uint8_t { Parameter, Gradient, State };
 
 // A parameter's place in the optimizer.
 struct Where {
@@ -24,13 +25,15 @@ struct Range {
   bool dense;       // every byte in between belongs to it
   Role role;
   Where owner;
+  PyObject* key;  // of a state tensor, else null
   // To look closer, unless dense. Not the tensor itself: holding on to it would show (torch.utils.swap_tensors
   // refuses).
   std::vector<int64_t> sizes, strides;
   int64_t itemsize;
 };
 
-Range make_range(const at::Tensor& tensor, const char* data, int64_t required_bytes, Role role, Where owner);
+Range make_range(const at::Tensor& tensor, const char* data, int64_t required_bytes, Role role, Where owner,
+                 PyObject* key = nullptr);
 
 // The written tensors of a step, sorted. Kept between steps, since they rarely move.
 class WrittenMemory {

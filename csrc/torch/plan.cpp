@@ -2,9 +2,6 @@
 
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
-
-#include <cmath>
 
 #include "python_tensors.h"
 
@@ -13,38 +10,17 @@ namespace py = pybind11;
 namespace fused_sgd {
 namespace {
 
-// One chunk of fp32 is 1024 elements: fine enough to split evenly over threads, coarse enough to cost nothing.
-constexpr uint32_t kLog2ChunkBytes = 12;
-// The gradient of a parameter of another class, which may have its own idea of `grad`. Kept alive by whoever gave it.
-const at::Tensor* python_gradient(PyObject* param) {
-  static PyObject* name = interned("grad");
-  const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
-  if (!grad) throw py::error_already_set();
-  // Such a parameter never goes to the kernel: that there is a gradient is all that matters.
-  return grad.is_none() ? nullptr : &THPVariable_Unpack(param);
-}
-
-bool computed_in_double(int combination) { return kCombinations[combination].parameter == Format::Float64; }
-
-// local_tensor() for a gradient, which is usually reached without making its Python object.
-const at::Tensor* local_gradient(const at::Tensor& grad) {
-  if (!grad.unsafeGetTensorImpl()->is_python_dispatch()) return &grad;
-  const py::object object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
-  return local_tensor(object.ptr());
-}
-
-py::error_already_set type_error(const std::string& message) {
-  PyErr_SetString(PyExc_TypeError, message.c_str());
-  return {};
-}
-
 // The tensor, if it is one on a GPU.
 at::Tensor on_gpu(PyObject* object) {
   if (!THPVariable_Check(object) || !THPVariable_Unpack(object).is_cuda()) return {};
   return THPVariable_Unpack(object);
 }
 
-py::tuple freed(Where where, Role role) { return py::make_tuple("freed", where.group, where.index, role_name(role)); }
+py::list places(const std::vector<Where>& entries) {
+  py::list list;
+  for (const Where& where : entries) list.append(py::make_tuple(where.group, where.index));
+  return list;
+}
 
 }  // namespace
 
@@ -74,298 +50,155 @@ class Plan::Busy {
   Plan& plan_;
 };
 
-Plan::Plan() { targets_.push_back(Target{c10::Device(c10::kCPU), {}, nullptr, nullptr, {}, {}}); }
+Plan::Target::Target(c10::Device its_device) : device(its_device) { packer.start(kMaxColumns); }
 
-py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
+Plan::Plan() { targets_.emplace_back(c10::Device(c10::kCPU)); }
+
+bool Plan::Entry::staged() const {
+  bool any = stage_param || stage_grad;
+  for (int k = 0; k < state_count; ++k) any = any || states[k].stage;
+  return any;
+}
+
+bool Plan::any_on_gpu() const {
+  for (const Target& target : targets_) {
+    if (target.launcher != nullptr && target.packer.row_count() != 0) return true;
+  }
+  return false;
+}
+
+py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
+                      PyObject* reduce, PyObject* elsewhere) {
   const Busy busy(*this);
   if (!watches(state)) return py::make_tuple("state");
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::make_tuple("mode");
   gpu_grad_scale_ = on_gpu(grad_scale);
   gpu_found_inf_ = on_gpu(found_inf);
+  found_inf_known_ = found_inf != Py_None;
   has_grad_scale_ = grad_scale != Py_None && !gpu_grad_scale_.defined();
   grad_scale_ = has_grad_scale_ ? static_cast<float>(as_double(grad_scale)) : 1;
-  return run(param_groups, state);
+  const bool was_steady = std::exchange(steady_, false);
+  if (py::object obstacle = prepare(param_groups, state); !obstacle.is_none()) return obstacle;
+  if (!(was_steady && is_steady())) {
+    if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+  }
+  return run(state, reduce, elsewhere);
 }
 
-py::object Plan::run(PyObject* param_groups, PyObject* state) {
-  if (py::object obstacle = prepare(param_groups, state); !obstacle.is_none()) return obstacle;
-  if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+// From a table to changed memory.
+py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
   if (written_moved_ || grads_moved_ || !elsewhere_.empty()) {
     if (py::object obstacle = check_overlap(); !obstacle.is_none()) return obstacle;
   }
-  if (gpu_grad_scale_.defined() || gpu_found_inf_.defined()) {
-    if (targets_[0].packer.row_count() != 0 || !elsewhere_.empty()) return py::make_tuple("scalars");
+  const bool on_gpu = any_on_gpu();
+  // Not everything is stepped where the GPUs are, so what they alone know must be known here.
+  const bool host_decides = targets_[0].packer.row_count() != 0 || !elsewhere_.empty();
+  // What was left to Python stays so for the call that follows at once.
+  const auto call_again = [&](py::tuple what) {
+    for (const Where& where : elsewhere_) groups_[where.group].entries[where.index].round = round_ + 1;
+    return what;
+  };
+  if (host_decides && (gpu_grad_scale_.defined() || gpu_found_inf_.defined())) {
+    return call_again(py::make_tuple("scalars"));
   }
+  norms_ = norms_needed();
+  totals_known_ = false;
+  const bool global = norms_ != cuda::Norms::None && !(norms_are_local() && reduce == Py_None && !on_gpu);
+  if (global && !elsewhere_.empty() && elsewhere == Py_None) {
+    return call_again(py::make_tuple("norms", places(elsewhere_)));
+  }
+  Scalars& scalars = targets_[0].scalars;
+  scalars = Scalars{};
+  if (has_grad_scale_) scalars.grad_scale = &grad_scale_;
   try {
-    if (any_new_buffer_) {
-      // This hashes parameters, which runs Python code, and so perhaps other threads: all is looked at once more.
-      install_new_buffers(state);
-      if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+    if (any_new_ && on_gpu) {
+      if (py::object obstacle = settle(state); !obstacle.is_none()) return obstacle;
     }
     if (any_staged_) stage();
-    if (targets_.size() > 1) prepare_launches();
+    if (on_gpu) prepare_launches();
+    if (global) {
+      if (host_decides || !on_gpu) measure_on_cpu(0, targets_[0].packer.row_count());
+      if (on_gpu) measure_on_gpus();
+      combine(reduce, elsewhere);
+      if (reduce != Py_None) {  // which ran Python code, and so perhaps other threads: all is looked at once more
+        if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+        if (any_staged_) stage();
+        if (on_gpu) prepare_launches();
+      }
+      if (skip_nonfinite_ && host_decides && nonfinite_was_found()) {
+        remove_new_states(state);
+        return py::make_tuple("skipped");
+      }
+      scalars.totals = totals_.data();
+      scalars.row_squares = row_squares_.data();
+      scalars.max_grad_norm = max_grad_norm_;
+    }
+    if (any_new_) {
+      if (py::object obstacle = settle(state); !obstacle.is_none()) return obstacle;
+      if (any_staged_) stage();
+    }
+    if (on_gpu) launch();
   } catch (...) {
-    remove_new_buffers(state);
+    remove_new_states(state);
     throw;
   }
-  if (targets_.size() > 1) launch();
   walk();
   commit();
   if (elsewhere_.empty()) return py::none();
-  py::list entries;
-  for (const Where& where : elsewhere_) entries.append(py::make_tuple(where.group, where.index));
-  return py::make_tuple("elsewhere", entries);
+  return py::make_tuple("elsewhere", places(elsewhere_));
 }
 
-// Brings groups_[number] to the shape of the optimizer's group.
-void Plan::match_group(std::size_t number, PyObject* dict) {
-  GroupEntry& group = groups_[number];
-  if (group.dict.get() != dict) {
-    discarded_groups_.push_back(std::exchange(group, GroupEntry()));
-    group.dict.set(dict);
-    written_moved_ = true;
-  }
-  static PyObject* params_key = interned("params");
-  PyObject* params = PyDict_GetItemWithError(dict, params_key);
-  if (params == nullptr || !PyList_Check(params)) {
-    throw type_error("param_groups[" + std::to_string(number) + "]['params'] must be a list of tensors");
-  }
-  const auto size = static_cast<std::size_t>(PyList_GET_SIZE(params));
-  if (group.entries.size() != size) {
-    for (Entry& entry : group.entries) discarded_entries_.push_back(std::move(entry));
-    group.entries.clear();
-    group.entries.resize(size);
-    written_moved_ = true;
-  }
-  for (std::size_t i = 0; i < size; ++i) {
-    PyObject* param = PyList_GET_ITEM(params, i);
-    Entry& entry = group.entries[i];
-    if (entry.param.get() == param) continue;
-    if (!THPVariable_Check(param)) {
-      throw type_error("param_groups[" + std::to_string(number) + "]['params'][" + std::to_string(i) +
-                       "] is not a tensor");
-    }
-    discarded_entries_.push_back(std::exchange(entry, Entry()));
-    entry.param.set(param);
-    entry.is_subclass = local_tensor(param) == nullptr;
-    states_known_ = false;
-    entry.where = Where{static_cast<uint32_t>(number), static_cast<uint32_t>(i)};
-    written_moved_ = true;
-  }
+// Puts new tensors into the state. This hashes parameters, which runs Python code, and so perhaps other threads: all is
+// looked at once more.
+py::object Plan::settle(PyObject* state) {
+  install_new_states(state);
+  return scan();
 }
 
-// Finds the parameters' own dicts. Hashing a parameter runs Python code, so this comes before any pointer is taken.
-void Plan::find_states(PyObject* state) {
-  states_known_ = true;
-  for (GroupEntry& group : groups_) {
-    for (Entry& entry : group.entries) {
-      if (entry.state_known) continue;
-      PyObject* inner = PyDict_GetItemWithError(state, entry.param.get());
-      if (inner == nullptr && PyErr_Occurred()) {
-        states_known_ = false;
-        throw py::error_already_set();
-      }
-      entry.state.set(inner != nullptr && PyDict_Check(inner) ? inner : nullptr);
-      entry.state_known = true;
-    }
-  }
-}
-
-// The parameter's momentum buffer: the one in its state, or the one about to be installed; null when there is none.
-FSGD_INLINE const at::Tensor* Plan::momentum_of(Entry& entry) {
-  if (entry.state.get() != nullptr && entry.state_version.is_of(entry.state.get())) {
-    PyObject* buffer = entry.momentum_object;
-    return THPVariable_CheckExact(buffer) ? &THPVariable_Unpack(buffer) : local_tensor(buffer);
-  }
-  return find_momentum(entry);
-}
-
-const at::Tensor* Plan::find_momentum(Entry& entry) {
-  PyObject* inner = entry.state.get();
-  PyObject* buffer = inner == nullptr ? nullptr : PyDict_GetItemWithError(inner, momentum_key());
-  if (buffer == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  if (buffer == nullptr || buffer == Py_None) {
-    buffer = entry.new_buffer.get();
-  } else {
-    entry.first_step = entry.first_step && buffer == entry.new_buffer.get();
-    if (!THPVariable_Check(buffer)) return nullptr;
-    entry.state_version.take(inner);
-    entry.momentum_object = buffer;
-  }
-  return buffer == nullptr ? nullptr : local_tensor(buffer);
-}
-
-// Whether what was judged of a parameter is still true. Finds the tensors the kernel would walk.
-FSGD_INLINE bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum) {
-  if (entry.path == Path::Unjudged) return false;
-  if (entry.path == Path::Elsewhere) return entry.round == round_;
-  if (entry.momentum != momentum) return false;
-  active.param = entry.is_dtensor ? local_tensor(entry.param.get()) : &THPVariable_Unpack(entry.param.get());
-  if (active.param == nullptr || !entry.param_print->matches(*active.param->unsafeGetTensorImpl())) return false;
-  active.grad = local_gradient(grad);
-  if (active.grad == nullptr || !entry.grad_print->matches(*active.grad->unsafeGetTensorImpl())) return false;
-  active.momentum = momentum ? momentum_of(entry) : nullptr;
-  if (momentum &&
-      (active.momentum == nullptr || !entry.momentum_print->matches(*active.momentum->unsafeGetTensorImpl()))) {
-    return false;
-  }
-  // Fingerprints tell a GPU from a CPU, not one GPU from another.
-  if (entry.target == 0) return true;
-  const c10::Device device = targets_[entry.target].device;
-  return active.param->device() == device && active.grad->device() == device &&
-         (!momentum || active.momentum->device() == device);
-}
-
-// Brings the plan to the shape of the optimizer and reads its dicts. This may run Python code; nothing after it does.
-py::object Plan::prepare(PyObject* param_groups, PyObject* state) {
-  const auto group_count = static_cast<std::size_t>(PyList_GET_SIZE(param_groups));
-  if (groups_.size() != group_count) {
-    while (groups_.size() > group_count) {
-      discarded_groups_.push_back(std::move(groups_.back()));
-      groups_.pop_back();
-    }
-    groups_.resize(group_count);
-    written_moved_ = true;
-  }
-  for (std::size_t g = 0; g < group_count; ++g) {
-    if (static_cast<std::size_t>(PyList_GET_SIZE(param_groups)) != group_count) {
-      throw std::runtime_error("param_groups changed during the step");
-    }
-    PyObject* dict = PyList_GET_ITEM(param_groups, g);
-    if (!PyDict_Check(dict)) throw type_error("param_groups[" + std::to_string(g) + "] must be a dict");
-    match_group(g, dict);
-    GroupEntry& group = groups_[g];
-    if (group.reader.read(group.dict.get()) == GroupReader::kPathChanged) {
-      for (Entry& entry : group.entries) entry.path = Path::Unjudged;
-    }
-    if (const Key key = group.reader.invalid(); key != kKeyCount) return py::make_tuple("invalid", g, kKeyNames[key]);
-  }
-  if (!states_known_) find_states(state);
-  return py::none();
-}
-
-// Looks at everything the step will touch, and packs the table. Writes to no tensor and no state.
-py::object Plan::scan() {
-  active_.clear();
-  elsewhere_.clear();
-  for (Target& target : targets_) target.packer.start(kMaxColumns, kLog2ChunkBytes);
-  grads_moved_ = any_staged_ = any_new_buffer_ = false;
-  py::object to_judge;
-  bool scalars_needed = false;
-  for (std::size_t g = 0; g < groups_.size(); ++g) {
-    GroupEntry& group = groups_[g];
-    Target* target = nullptr;  // the last parameter's
-    uint32_t table_group = 0;
-    const bool momentum = group.reader.values().momentum != 0;
-    const Key too_large = group.reader.too_large();
-
-    for (std::size_t i = 0; i < group.entries.size(); ++i) {
-      Entry& entry = group.entries[i];
-      const at::Tensor* grad =
-          entry.is_subclass ? python_gradient(entry.param.get()) : gradient_of(THPVariable_Unpack(entry.param.get()));
-      if (grad == nullptr || !grad->defined()) {
-        written_moved_ = written_moved_ || entry.last_param != nullptr;
-        entry.last_param = nullptr;
-        continue;
-      }
-      Active& a = active_.emplace_back(&entry);
-      if (!holds(entry, a, *grad, momentum)) {
-        active_.pop_back();
-        entry.path = Path::Unjudged;
-        if (!to_judge) to_judge = py::list();
-        to_judge.cast<py::list>().append(py::make_tuple(g, i));
-        continue;
-      }
-      if (entry.path == Path::Elsewhere) {
-        elsewhere_.push_back(entry.where);
-        active_.pop_back();
-        continue;
-      }
-      if (too_large != kKeyCount && !computed_in_double(entry.combination)) {
-        return py::make_tuple("too large", g, kKeyNames[too_large], i);
-      }
-      any_new_buffer_ |= entry.first_step;
-      if (target != &targets_[entry.target]) {
-        target = &targets_[entry.target];
-        Group values = group.reader.values();
-        if (group.reader.has_addresses()) {
-          values = group.reader.values_for(target->device);
-          if (values.lr_source == Source::Value && std::isnan(values.lr)) return py::make_tuple("invalid", g, "lr");
-          if (values.weight_decay_source == Source::Value && std::isnan(values.weight_decay)) {
-            return py::make_tuple("invalid", g, "weight_decay");
-          }
-        }
-        table_group = target->packer.add_group(values);
-      }
-      bool first_step = entry.first_step;
-      if (entry.target != 0 && first_step) {
-        // The buffer holds -0.0, with which the ordinary formula gives the first step to the bit, unless there is
-        // dampening. So a step that the device skips or a graph repeats needs no flag.
-        first_step = group.reader.values().dampening != 0;
-        scalars_needed = scalars_needed || (first_step && gpu_found_inf_.defined());
-        if (first_step && cuda::is_capturing(current_stream(target->device))) return py::make_tuple("capture", g, i);
-      }
-      if (entry.length != 0) {
-        a.param_data = entry.param_print->locate(*a.param->unsafeGetTensorImpl(), true);
-        a.grad_data = entry.grad_print->locate(*a.grad->unsafeGetTensorImpl(), false);
-        if (a.param_data == nullptr) return freed(entry.where, Role::Parameter);
-        if (a.grad_data == nullptr) return freed(entry.where, Role::Gradient);
-        if (momentum) {
-          a.momentum_data = entry.momentum_print->locate(*a.momentum->unsafeGetTensorImpl(), true);
-          if (a.momentum_data == nullptr) return freed(entry.where, Role::Momentum);
-        }
-        written_moved_ |= a.param_data != entry.last_param || a.momentum_data != entry.last_momentum;
-        grads_moved_ |= a.grad_data != entry.last_grad;
-        any_staged_ |= entry.staged();
-        void** columns = target->packer.add_row(entry.length, table_group, entry.combination, first_step);
-        columns[0] = a.param_data;
-        columns[1] = a.grad_data;
-        columns[2] = a.momentum_data;
-      }
-    }
-  }
-  if (to_judge) return py::make_tuple("judge", to_judge);
-  if (scalars_needed) return py::make_tuple("scalars");
-  return py::none();
-}
-
-void Plan::admit(int64_t g, int64_t i, bool kernel, py::object new_buffer) {
+void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, py::object new_states) {
   if (busy_) throw std::runtime_error("step() is already running on this optimizer in another thread");
   Entry& e = groups_.at(g).entries.at(i);
-  e.new_buffer.set(nullptr);
-  if (!kernel) {
+  e.new_states.set(nullptr);
+  e.any_new = false;
+  if (combination < 0) {
     e.path = Path::Elsewhere;
     e.round = round_;
     written_moved_ = written_moved_ || e.last_param != nullptr;
     e.last_param = nullptr;
     return;
   }
+  TORCH_INTERNAL_ASSERT(combination < kCombinationCount && keys.size() <= kMaxStates);
   const at::Tensor& param = THPVariable_Unpack(e.param.get());
   const at::Tensor* gradient_pointer = gradient_of(param);
   if (gradient_pointer == nullptr || !gradient_pointer->defined()) throw std::logic_error("admit() without a gradient");
-  const at::Tensor& grad = *gradient_pointer;
-  e.first_step = !new_buffer.is_none();
-  if (e.first_step) e.new_buffer.set(new_buffer.ptr());
-  e.momentum = groups_[g].reader.values().momentum != 0;
   const at::Tensor* local_param = local_tensor(e.param.get());
-  const at::Tensor* local_grad = local_gradient(grad);
-  const at::Tensor* momentum = e.momentum ? momentum_of(e) : local_param;
-  TORCH_INTERNAL_ASSERT(local_param && local_grad && momentum, "admit() of a parameter the kernel cannot take");
-  const auto p = format_of(local_param->scalar_type()), d = format_of(local_grad->scalar_type()),
-             m = format_of(momentum->scalar_type());
-  const int combination = p && d && m ? find_combination(*p, *d, *m) : -1;
-  TORCH_INTERNAL_ASSERT(combination >= 0, "admit() of an unsupported storage combination");
+  const at::Tensor* local_grad = local_gradient(*gradient_pointer);
+  TORCH_INTERNAL_ASSERT(local_param && local_grad, "admit() of a parameter the kernel cannot take");
+  if (!new_states.is_none()) e.new_states.set(new_states.ptr());
+  e.momentum = groups_[g].reader.values().momentum != 0;
   e.combination = static_cast<uint8_t>(combination);
+  e.grad_column = static_cast<uint8_t>(kCombinations[combination].gradient_column());
   e.target = target_of(local_param->device());
   e.is_dtensor = local_param != &param;
   e.length = local_param->numel() * (local_param->is_complex() ? 2 : 1);
   const auto strides = walk_strides(*local_param);
   e.stage_param = needs_staging(*local_param, strides);
   e.stage_grad = needs_staging(*local_grad, strides);
-  e.stage_momentum = e.momentum && needs_staging(*momentum, strides);
   e.param_print = prints_.get(*local_param);
   e.grad_print = prints_.get(*local_grad);
-  if (e.momentum) e.momentum_print = prints_.get(*momentum);
+  e.state_count = static_cast<uint8_t>(keys.size());
+  e.state_version = DictVersion();
+  Active found(&e);
+  for (int k = 0; k < e.state_count; ++k) {
+    const auto key = keys[k].cast<py::tuple>();
+    e.states[k] = StateTensor{
+        interned(key[0].cast<std::string>().c_str()), nullptr, nullptr, nullptr, key[1].cast<uint8_t>(), false};
+  }
+  TORCH_INTERNAL_ASSERT(find_state_tensors(e, found), "admit() without its state");
+  for (int k = 0; k < e.state_count; ++k) {
+    e.states[k].print = prints_.get(*found.states[k]);
+    e.states[k].stage = found.states[k]->dim() == local_param->dim() && needs_staging(*found.states[k], strides);
+  }
   e.path = Path::Kernel;
   written_moved_ = true;
 }
@@ -375,8 +208,8 @@ uint8_t Plan::target_of(c10::Device device) {
     if (targets_[i].device == device) return static_cast<uint8_t>(i);
   }
   TORCH_INTERNAL_ASSERT(targets_.size() < 256);
-  targets_.push_back(Target{device, {}, std::make_unique<cuda::Launcher>(device.index()), nullptr, {}, {}});
-  targets_.back().packer.start(kMaxColumns, kLog2ChunkBytes);
+  targets_.emplace_back(device);
+  targets_.back().launcher = std::make_unique<cuda::Launcher>(device.index());
   return static_cast<uint8_t>(targets_.size() - 1);
 }
 
@@ -401,13 +234,13 @@ void Plan::forget_state() {
     forget_when_done_ = true;
     return;
   }
-  states_known_ = false;
+  states_known_ = steady_ = false;
   for (GroupEntry& group : groups_) {
     for (Entry& entry : group.entries) {
       entry.state.set(nullptr);
       entry.state_version = DictVersion();
-      entry.new_buffer.set(nullptr);
-      entry.first_step = false;
+      entry.new_states.set(nullptr);
+      entry.any_new = false;
       entry.state_known = false;
     }
   }
@@ -416,9 +249,12 @@ void Plan::forget_state() {
 void Plan::forget() {
   if (busy_) return;
   const auto groups = std::exchange(groups_, std::vector<GroupEntry>());  // goes last
+  active_.clear();
+  idle_.clear();
   prints_.clear();
   written_.clear();
   written_moved_ = true;
+  steady_ = false;
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
@@ -428,7 +264,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
     for (const Entry& entry : group.entries) {
       Py_VISIT(entry.param.get());
       Py_VISIT(entry.state.get());
-      Py_VISIT(entry.new_buffer.get());
+      Py_VISIT(entry.new_states.get());
     }
   }
   return 0;

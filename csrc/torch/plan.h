@@ -2,11 +2,20 @@
 //
 // It is a cache and only a cache. What it keeps of a parameter is a judgement ("kernel, walked in these strides") with
 // the fingerprint of the tensors the judgement was made of. Each step looks everything up again: the groups' dicts, the
-// lists in them, each gradient, each momentum buffer, every pointer. What no longer matches is reported to Python,
-// where the judging is done (fused_sgd/_judge.py), and nothing is written until all of it is settled.
+// lists in them, each gradient, each state tensor, every pointer. What no longer matches is reported to Python, where
+// the judging is done (fused_sgd/_judge.py), and nothing is written until all of it is settled.
+//
+//   plan.cpp          what a step may find, and the order of its parts
+//   plan_match.cpp    is all as it was? the steady step; else the plan is brought to the optimizer's shape
+//   plan_memory.cpp   memory that is shared, copied, or put into the state
+//   plan_norms.cpp    the first pass, where a step must see every gradient before it writes
+//   plan_walk.cpp     the step itself, and what comes after
 #pragma once
 
+#include <c10/util/FunctionRef.h>
 #include <pybind11/pybind11.h>
+
+#include <array>
 
 #include "../core/table.h"
 #include "../cuda/launch.h"
@@ -21,26 +30,32 @@ class Plan {
   Plan();
 
   // One step over `param_groups` (list of dicts) and `state` (parameter -> dict of tensors; the one given to watch()).
-  // grad_scale is None or anything float() takes; found_inf is None or a tensor on a GPU. What stands on a GPU is read
-  // by its kernels. Returns None when the step is done, or
+  // grad_scale is None or anything float() takes; found_inf is None, 0, or a tensor on a GPU. What stands on a GPU is
+  // read by its kernels. reduce is None or a function that adds up a float64 tensor over processes, in place. elsewhere
+  // is None or what "norms" asked for. Returns None when the step is done, or
   //   ("elsewhere", [(group, index)…])   done, but for these parameters, which no kernel takes
+  //   ("skipped",)                   nothing was written, because a gradient is not finite
   // or, with nothing written, what stands in its way:
   //   ("state",)                     `state` is not the dict given to watch()
   //   ("scalars",)                   grad_scale and found_inf are on a GPU and must be known here: call step() again
   //                                  with numbers
-  //   ("capture", group, index)      the first step with dampening cannot be captured
+  //   ("norms", [(group, index)…])   no kernel takes these parameters: call step() again with their gradients' sum of
+  //                                  squares and 1 if one is not finite, else 0
   //   ("mode",)                      a torch dispatch mode is active: no kernel may hide from it
-  //   ("invalid", group, key)        a hyperparameter is NaN or no number
+  //   ("invalid", group, key)        a hyperparameter is NaN, no number, or out of range
+  //   ("differ", group, key)         an option of the whole optimizer is another one in this group
   //   ("judge", [(group, index)…])   these parameters must be judged: call admit() for each, then step() again
   //   ("too large", group, key, index)  a hyperparameter does not fit float32, which this parameter is computed in
   //   ("freed", group, index, role)  a tensor's storage is smaller than the tensor
   //   ("overlap", (group, index, role), (group, index, role))   written memory is shared
-  pybind11::object step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
+  pybind11::object step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
+                        PyObject* reduce, PyObject* elsewhere);
 
   // A judgement of one parameter that has a gradient: walked by the kernel for as long as its tensors stay as they are,
-  // or left to Python for the step that follows at once.
-  // new_buffer: the momentum buffer to put into the state with the next step, which is then the parameter's first.
-  void admit(int64_t group, int64_t index, bool kernel, pybind11::object new_buffer);
+  // or (combination < 0) left to Python for the step that follows at once.
+  // combination: its line of FSGD_COMBINATIONS. keys: (key, column) for each state tensor, its place in the table's
+  // row. new_states: tensors by key, to put into the state with the next step; or None.
+  void admit(int64_t group, int64_t index, int combination, const pybind11::tuple& keys, pybind11::object new_states);
 
   // `state` will report every change of itself, by forget_state(); so what was found in it may be kept.
   void watch(pybind11::object state);
@@ -50,79 +65,131 @@ class Plan {
   void forget_state();
   void forget();
 
+  // What the last first pass found, as fresh float64 tensors: [sum of squares of all gradients, non-finite], or None.
+  pybind11::object totals() const;
+  // A list of (group, index, [sum of squares of parameter, of gradient]) for the parameters of the last step.
+  pybind11::list row_squares() const;
+  // How many steps a GPU skipped, for each that counts them.
+  std::vector<at::Tensor> skipped_steps() const;
+
   int traverse(visitproc visit, void* arg) const;  // for Python's garbage collector
 
  private:
   enum class Path : uint8_t { Unjudged, Elsewhere, Kernel };
+  static constexpr int kMaxStates = 4;
 
-  // Two cache lines, and a step reads them all.
+  // A tensor of the parameter's own dict that the kernel walks.
+  struct StateTensor {
+    PyObject* key = nullptr;     // interned
+    PyObject* object = nullptr;  // what this version of the dict holds, borrowed from it
+    const Fingerprint* print = nullptr;
+    char* last = nullptr;  // where the last step found it
+    uint8_t column = 0;    // of the table
+    bool stage = false;
+  };
+
+  // What a step reads of a parameter comes first.
   struct alignas(64) Entry {
     Ref param;
     Ref state;  // the parameter's own dict
     DictVersion state_version;
-    PyObject* momentum_object = nullptr;  // what that version of the dict holds, borrowed from it
-    const Fingerprint *param_print = nullptr, *grad_print = nullptr, *momentum_print = nullptr;
+    const Fingerprint *param_print = nullptr, *grad_print = nullptr;
     int64_t length = 0;  // reals
-    // What the last step used; null when the parameter took no part.
-    char *last_param = nullptr, *last_grad = nullptr, *last_momentum = nullptr;
     Path path = Path::Unjudged;
-    bool state_known = false;
-    bool momentum = false;
-    bool first_step = false;
-    bool is_dtensor = false;
-    bool is_subclass = false;  // its gradient is whatever Python says
-    bool stage_param = false, stage_grad = false, stage_momentum = false;
+    uint8_t state_count = 0;
     uint8_t combination = 0;
     uint8_t target = 0;  // index into targets_
-    Ref new_buffer;      // to be put into the state
-    uint32_t round = 0;  // in which it was left to Python
+    uint8_t grad_column = 0;
+    bool state_known = false;
+    bool momentum = false;
+    bool is_dtensor = false;
+    bool is_subclass = false;  // its gradient is whatever Python says
+    bool stage_param = false, stage_grad = false;
+    bool any_new = false;  // a state tensor is not in the state yet
+    std::array<StateTensor, kMaxStates> states;
+    char *last_param = nullptr, *last_grad = nullptr;  // null when the parameter took no part
+    Ref new_states;                                    // a dict of what is to be put into the state
+    uint32_t round = 0;                                // in which it was left to Python
     Where where{};
 
-    bool staged() const { return stage_param || stage_grad || stage_momentum; }
+    bool staged() const;
   };
-  static_assert(sizeof(Entry) <= 128);
   struct GroupEntry {
     Ref dict;
     GroupReader reader;
     std::vector<Entry> entries;
+    // Where its hyperparameters stand in the tables: (target, group of the table).
+    std::vector<std::pair<uint8_t, uint32_t>> placed;
+    bool momentum = false;  // whether the group had one when it was placed
   };
   // Where a table is walked: on the CPU, which is always the first, or on a GPU.
   struct Target {
+    explicit Target(c10::Device its_device);
     c10::Device device;
     TablePacker packer;
     std::unique_ptr<cuda::Launcher> launcher;  // null for the CPU
     cuda::Stream stream = nullptr;             // the current one, while there is something to launch
     at::Tensor grad_scale, found_inf;          // on this device
+    Scalars scalars;
   };
-  // One parameter that takes part in this step. Tensors are local ones; momentum may be null. Data pointers are null
-  // for a tensor without elements, which has no row in the table.
+  // One parameter that takes part in this step. Tensors are local ones. Data pointers are null for a tensor without
+  // elements, which has no row in the table.
   struct Active {
     explicit Active(Entry* its_entry) : entry(its_entry) {}
     Entry* entry;
-    const at::Tensor *param = nullptr, *grad = nullptr, *momentum = nullptr;
-    char *param_data = nullptr, *grad_data = nullptr, *momentum_data = nullptr;
+    void** row = nullptr;  // its pointers in the table
+    const at::Tensor *param = nullptr, *grad = nullptr;
+    std::array<const at::Tensor*, kMaxStates> states{};
+    char *param_data = nullptr, *grad_data = nullptr;
+    std::array<char*, kMaxStates> state_data{};
   };
 
   class Busy;
-  pybind11::object run(PyObject* param_groups, PyObject* state);
+  pybind11::object run(PyObject* state, PyObject* reduce, PyObject* elsewhere);
+  pybind11::object settle(PyObject* state);
+
+  // plan_match.cpp
   void match_group(std::size_t number, PyObject* dict);
   void find_states(PyObject* state);
   pybind11::object prepare(PyObject* param_groups, PyObject* state);
+  bool is_steady();
+  bool replace_groups();
   pybind11::object scan();
+  pybind11::object place(GroupEntry& group, std::size_t number, uint8_t target, uint32_t* table_group);
   bool holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum);
-  const at::Tensor* momentum_of(Entry& entry);
-  const at::Tensor* find_momentum(Entry& entry);
+  bool find_state_tensors(Entry& entry, Active& active);
+  void look_up_states(Entry& entry);
+  pybind11::object locate(Active& active);
+
+  // plan_memory.cpp
   pybind11::object check_overlap();
   void stage();
-  void install_new_buffers(PyObject* state);
-  void remove_new_buffers(PyObject* state);
+  void unstage();
+  void install_new_states(PyObject* state);
+  void remove_new_states(PyObject* state);
+
+  // plan_norms.cpp
+  cuda::Norms norms_needed() const;
+  bool norms_are_local() const;
+  void measure_on_cpu(uint32_t row_begin, uint32_t row_end);
+  void add_up_on_cpu();
+  void measure_on_gpus();
+  void combine(PyObject* reduce, PyObject* elsewhere);
+  bool nonfinite_was_found() const;
+  at::Tensor totals_of(const Target& target) const;
+  at::Tensor row_squares_of(const Target& target) const;
+
+  // plan_walk.cpp
   void prepare_launches();
   void launch();
   void walk();
   void commit();
+  static void over_chunks(uint32_t begin, uint32_t end, int64_t work,
+                          c10::function_ref<void(uint32_t begin, uint32_t end)> run);
 
   bool watches(PyObject* state) const;
   uint8_t target_of(c10::Device device);
+  bool any_on_gpu() const;
 
   std::vector<GroupEntry> groups_;
   // What a step replaced. It goes when the step is over: finalizers may run any Python code.
@@ -130,21 +197,32 @@ class Plan {
   std::vector<Entry> discarded_entries_;
   pybind11::object state_;  // a weak reference: State holds the plan, and a circle would outlive the optimizer
   std::vector<Active> active_;
+  std::vector<const Entry*> idle_;  // without a gradient
   std::vector<Where> elsewhere_;
-  std::vector<at::Tensor> held_;    // gradients, kept alive while the GIL is released
+  std::vector<at::Tensor> held_;    // kept alive while the GIL is released
   std::vector<at::Tensor> copies_;  // what staged tensors are walked through
   WrittenMemory written_;
   FingerprintPool prints_;
   std::vector<Target> targets_;
-  std::vector<Entry*> installed_;  // whose new buffers this step put into the state
+  std::vector<std::pair<Entry*, PyObject*>> installed_;  // whose state tensors, by key, this step put there
+  // Of the first pass on the CPU; see squares.h.
+  std::vector<double> grad_tiles_, param_tiles_, row_squares_;
+  std::array<double, 2> totals_{};
+  cuda::Norms norms_ = cuda::Norms::None;  // that this step needs
+  bool totals_known_ = false;
+  double max_grad_norm_ = 0;
+  bool skip_nonfinite_ = false;
   float grad_scale_ = 1;
   bool has_grad_scale_ = false;
+  bool found_inf_known_ = false;               // a GradScaler has looked at the gradients already
   at::Tensor gpu_grad_scale_, gpu_found_inf_;  // undefined unless they were given as tensors on a GPU
   bool written_moved_ = true;                  // since the overlap check
   bool grads_moved_ = true;
   bool any_staged_ = false;
-  bool any_new_buffer_ = false;
-  uint32_t round_ = 0;  // counts calls of step()
+  bool any_new_ = false;
+  bool steady_ = false;          // the tables are those of a step that was done, and nothing but values may differ
+  bool values_changed_ = false;  // of a group's hyperparameters
+  uint32_t round_ = 0;           // counts calls of step()
   bool states_known_ = true;
   bool busy_ = false;
   bool forget_when_done_ = false;

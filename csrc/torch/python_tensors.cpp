@@ -29,11 +29,6 @@ PyTypeObject* dtensor_type() {
 
 }  // namespace
 
-PyObject* momentum_key() {
-  static PyObject* key = interned("momentum_buffer");
-  return key;
-}
-
 // The tensor whose memory `object` stands for: itself, or a DTensor's local shard. Null for any other subclass.
 const at::Tensor* local_tensor(PyObject* object) {
   if (THPVariable_CheckExact(object)) return &THPVariable_Unpack(object);
@@ -65,15 +60,25 @@ void* current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-const char* role_name(Role role) {
-  switch (role) {
-    case Role::Parameter:
-      return "parameter";
-    case Role::Gradient:
-      return "gradient";
-    default:
-      return "momentum buffer";
-  }
+std::string role_name(Role role, PyObject* key) {
+  if (role == Role::Parameter) return "parameter";
+  if (role == Role::Gradient) return "gradient";
+  std::string name = key == nullptr ? "state" : PyUnicode_AsUTF8(key);
+  for (char& c : name) c = c == '_' ? ' ' : c;
+  return name;
+}
+
+const at::Tensor* local_gradient(const at::Tensor& grad) {
+  if (!grad.unsafeGetTensorImpl()->is_python_dispatch()) return &grad;
+  const py::object object = py::reinterpret_steal<py::object>(THPVariable_Wrap(grad));
+  return local_tensor(object.ptr());
+}
+
+const at::Tensor* python_gradient(PyObject* param) {
+  static PyObject* name = interned("grad");
+  const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, name));
+  if (!grad) throw py::error_already_set();
+  return grad.is_none() ? nullptr : &THPVariable_Unpack(param);
 }
 
 }  // namespace fused_sgd

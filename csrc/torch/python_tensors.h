@@ -4,11 +4,11 @@
 #include <ATen/ATen.h>
 #include <Python.h>
 
+#include <string>
+
 #include "overlap.h"
 
 namespace fused_sgd {
-
-PyObject* momentum_key();  // "momentum_buffer", interned
 
 // The tensor whose memory `object` stands for: itself, or a DTensor's local shard. Null for any other subclass.
 const at::Tensor* local_tensor(PyObject* object);
@@ -17,12 +17,20 @@ const at::Tensor* local_tensor(PyObject* object);
 // non-leaves.)
 const at::Tensor* gradient_of(const at::Tensor& tensor);
 
+// local_tensor() for a gradient, which is usually reached without making its Python object.
+const at::Tensor* local_gradient(const at::Tensor& grad);
+
+// The gradient of a parameter of another class, which may have its own idea of `grad`; kept alive by whoever gave it.
+// Such a parameter never goes to the kernel: only whether the answer is null matters.
+const at::Tensor* python_gradient(PyObject* param);
+
 // The tensor, if it has elements in memory of its own, of the CPU or a GPU; else null.
 const at::Tensor* memory_of(const at::Tensor* tensor);
 
 // The current stream of a GPU, as a handle.
 void* current_stream(c10::Device device);
 
-const char* role_name(Role role);
+// How a message calls a tensor. key: of a state tensor.
+std::string role_name(Role role, PyObject* key);
 
 }  // namespace fused_sgd

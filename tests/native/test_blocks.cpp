@@ -56,8 +56,8 @@ int main() {
       new_b[i] = std::fma(g[i], 1.0f, codes[i] * scales[i / 32] * 0.9f);
       new_p[i] = std::fma(new_b[i], -0.1f, p[i]);
     }
-    void* columns[] = {p.data(), g.data(), codes.data(), scales.data()};
-    const Hyperparameters<float> h(group, nullptr, false);
+    void* columns[] = {p.data(), g.data(), codes.data(), scales.data(), nullptr};
+    const Hyperparameters<float> h(group, Scalars{}, 0);
     const int64_t middle = length / 2 / 32 * 32;  // in two ranges, as two threads would
     cpu::walk_blocks<Float32, Float32, Scaled8>(columns, h, 0, middle);
     cpu::walk_blocks<Float32, Float32, Scaled8>(columns, h, middle, length);

@@ -3,6 +3,7 @@
 // aligned, is an error.
 #include <sys/mman.h>
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -10,6 +11,7 @@
 #include "check.h"
 #include "cpu/walk.h"
 #include "cuda/arguments.h"
+#include "cuda/measure.h"
 
 using namespace fused_sgd;
 
@@ -23,7 +25,7 @@ int element_bytes(Format format) { return format == Format::Float64 ? 8 : format
 class Column {
  public:
   Column(Format format, int64_t length, int64_t offset)
-      : skip_(offset * element_bytes(format)), bytes_(length * element_bytes(format)) {
+      : element_(element_bytes(format)), skip_(offset * element_), bytes_(length * element_) {
     memory_.reset(static_cast<std::byte*>(std::aligned_alloc(16, (skip_ + bytes_ + 15) / 16 * 16)));
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < length; ++i) {
@@ -46,10 +48,22 @@ class Column {
     // What is not the tensor's holds a pattern that must stay.
     std::memset(memory_.get(), 0x5A, skip_);
   }
-  Column(const Column& other) : skip_(other.skip_), bytes_(other.bytes_) {
+  Column(const Column& other) : element_(other.element_), skip_(other.skip_), bytes_(other.bytes_) {
     const std::size_t all = (skip_ + bytes_ + 15) / 16 * 16;
     memory_.reset(static_cast<std::byte*>(std::aligned_alloc(16, all)));
     std::memcpy(memory_.get(), other.memory_.get(), skip_ + bytes_);
+  }
+  // Nothing was accumulated yet in element i.
+  void unset(int64_t i) {
+    if (bytes_ == 0) return;
+    switch (element_) {
+      case 8:
+        return put(i, unset_value(double()));
+      case 4:
+        return put(i, unset_value(float()));
+      default:
+        return put(i, static_cast<uint16_t>(0x7FEE));  // of bf16; an odd number in fp16
+    }
   }
   void* data() const { return memory_.get() + skip_; }
   bool same(const Column& other) const { return std::memcmp(memory_.get(), other.memory_.get(), skip_ + bytes_) == 0; }
@@ -62,27 +76,32 @@ class Column {
   struct Free {
     void operator()(std::byte* p) const { std::free(p); }
   };
-  int64_t skip_, bytes_;
+  int64_t element_, skip_, bytes_;
   std::unique_ptr<std::byte, Free> memory_;
 };
 
 struct Tensor {
   int combination;
   int64_t length;
-  std::vector<Column> columns;  // parameter, gradient, momentum buffer
+  std::vector<Column> columns;  // parameter, gradient, momentum buffer, average
 
   Tensor(int line, int64_t elements, int64_t offset_p, int64_t offset_g, int64_t offset_m)
       : combination(line), length(elements) {
     const Combination& c = kCombinations[line];
-    columns.reserve(3);
+    columns.reserve(4);
     columns.emplace_back(c.parameter, elements, offset_p);
     columns.emplace_back(c.gradient, elements, offset_g);
     columns.emplace_back(c.momentum, elements, offset_m);
+    columns.emplace_back(c.computed_in_double ? Format::Float64 : Format::Float32, elements, offset_p);
+    columns[2].unset(elements / 3);
+    columns[3].unset(elements / 2);
   }
 };
 
 std::vector<double> memory_lr = {0.03, 0.3};
 float memory_decay = 0.02f;
+
+bool with_ema = false;  // the tables of a test have averages
 
 Group make_group(std::size_t i) {
   Group group;
@@ -92,6 +111,13 @@ Group make_group(std::size_t i) {
   group.weight_decay = i % 2 == 0 ? 0.01 : 0;
   group.nesterov = i % 3 == 1;
   group.maximize = i % 7 == 4;
+  group.decoupled_weight_decay = i % 4 == 2;
+  if (i % 8 == 6)
+    group.lars = kLars | (i % 3 == 0 ? kTrustClipped : 0) | (i % 5 == 0 ? kLrThroughMomentum : kAdaptAlways);
+  group.trust_coeff = 0.02;
+  group.trust_eps = 1e-8;
+  group.has_ema = with_ema && i % 3 != 0;
+  group.ema_decay = i % 2 == 0 ? 0.99 : 0.25;
   if (i % 6 == 5) {  // as with a learning rate that is a tensor
     group.lr = bit_cast<double>(reinterpret_cast<uint64_t>(&memory_lr[i % 2]));
     group.lr_source = Source::Float64;
@@ -102,36 +128,76 @@ Group make_group(std::size_t i) {
 }
 
 void fill(TablePacker& packer, const std::vector<Tensor>& tensors) {
-  packer.start(kMaxColumns, 12);
+  packer.start(4);
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
     const uint32_t group = packer.add_group(make_group(i));
-    void** columns = packer.add_row(t.length, group, static_cast<uint32_t>(t.combination), i % 5 == 0);
-    for (int c = 0; c < 3; ++c) columns[c] = t.columns[c].data();
+    void** columns = packer.add_row(t.length, group, static_cast<uint32_t>(t.combination));
+    for (int c = 0; c < 4; ++c) columns[c] = t.columns[c].data();
     if (make_group(i).momentum == 0) columns[2] = nullptr;
   }
 }
 
+// One phase of a block: every thread of it, one after the other.
+struct Phase {
+  template <class F>
+  void operator()(F f) const {
+    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) f(thread);
+  }
+};
+
 template <int kCombination>
-void run_grid(const Table& table) {
+void measure_grid(const Table& table, const cuda::Sums& sums) {
+  const auto memory = std::make_unique<cuda::BlockMemory>();
+  // Blocks come in any order.
+  for (uint32_t block = table.chunk_count(); block-- > 0;) {
+    cuda::measure_block<kCombination>(table, sums, block, *memory, Phase());
+  }
+  cuda::add_up(table, sums, *memory, Phase());
+}
+
+template <int kCombination>
+void walk_grid(const Table& table) {
   for (uint32_t block = 0; block < table.chunk_count(); ++block) {
-    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) cuda::walk_thread<kCombination>(table, block, thread);
+    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
+      if (with_ema) {
+        cuda::walk_thread<kCombination, true>(table, block, thread);
+      } else {
+        cuda::walk_thread<kCombination, false>(table, block, thread);
+      }
+    }
   }
 }
 
-void run_grid(const Table& table, int only) {
+// Both passes: the sums of the first are what the second reads.
+void run_grid(const Table& table, const cuda::Sums& sums, int only) {
   switch (only) {
     case Line_Float32_Float32_Float32:
-      return run_grid<Line_Float32_Float32_Float32>(table);
+      measure_grid<Line_Float32_Float32_Float32>(table, sums);
+      return walk_grid<Line_Float32_Float32_Float32>(table);
     case Line_BFloat16_BFloat16_BFloat16:
-      return run_grid<Line_BFloat16_BFloat16_BFloat16>(table);
+      measure_grid<Line_BFloat16_BFloat16_BFloat16>(table, sums);
+      return walk_grid<Line_BFloat16_BFloat16_BFloat16>(table);
     default:
-      return run_grid<cuda::kAnyCombination>(table);
+      measure_grid<cuda::kAnyCombination>(table, sums);
+      return walk_grid<cuda::kAnyCombination>(table);
   }
 }
 
+// Memory for what a first pass finds.
+struct SumMemory {
+  std::vector<double> grad_tiles, param_tiles, row_squares, totals = {-1, -1};
+  uint32_t nonfinite = 0, ticket = 0;
+
+  explicit SumMemory(const Table& table)
+      : grad_tiles(table.tile_count(), -1), param_tiles(table.tile_count(), -1), row_squares(2 * table.row_count, -1) {}
+  cuda::Sums sums() {
+    return {grad_tiles.data(), param_tiles.data(), row_squares.data(), totals.data(), &nonfinite, &ticket};
+  }
+};
+
 template <std::size_t kCapacity>
-void run_launch(const TablePacker& packer, const cuda::Scalars& scalars) {
+void run_launch(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, SumMemory& sums) {
   const auto arguments = std::make_unique<cuda::Arguments<kCapacity>>();
   std::vector<std::byte> memory;
   if constexpr (kCapacity == 0) {
@@ -140,21 +206,37 @@ void run_launch(const TablePacker& packer, const cuda::Scalars& scalars) {
   } else {
     cuda::pack(packer, arguments->bytes);
   }
-  arguments->head = cuda::make_head(packer, scalars, memory.data());
-  run_grid(arguments->table(), packer.only_combination());
+  arguments->head = cuda::make_head(packer, scalars, grad_scale, sums.sums(), memory.data());
+  run_grid(arguments->table(), arguments->head.sums, packer.only_combination());
 }
 
-// As Launcher::launch() chooses. Returns how the table travelled.
-std::size_t launch(const TablePacker& packer, const cuda::Scalars& scalars) {
+// As Launcher chooses. Returns how the table travelled.
+std::size_t launch(const TablePacker& packer, Scalars scalars, const float* grad_scale, SumMemory& sums) {
+  scalars.totals = sums.totals.data();
+  scalars.row_squares = sums.row_squares.data();
   const std::size_t bytes = cuda::packed_bytes(packer);
-  if (bytes <= cuda::kSmallCapacity) return run_launch<cuda::kSmallCapacity>(packer, scalars), cuda::kSmallCapacity;
-  if (bytes <= cuda::kLargeCapacity) return run_launch<cuda::kLargeCapacity>(packer, scalars), cuda::kLargeCapacity;
-  return run_launch<0>(packer, scalars), 0;
+  if (bytes <= cuda::kSmallCapacity) {
+    return run_launch<cuda::kSmallCapacity>(packer, scalars, grad_scale, sums), cuda::kSmallCapacity;
+  }
+  if (bytes <= cuda::kLargeCapacity) {
+    return run_launch<cuda::kLargeCapacity>(packer, scalars, grad_scale, sums), cuda::kLargeCapacity;
+  }
+  return run_launch<0>(packer, scalars, grad_scale, sums), 0;
+}
+
+// What the CPU finds, for the same table.
+void measure_on_cpu(const Table& table, SumMemory& sums) {
+  const uint32_t middle = table.chunk_count() / 2;
+  const auto measure = cpu::instruction_set().measure;
+  bool nonfinite = measure(table, middle, table.chunk_count(), sums.grad_tiles.data(), sums.param_tiles.data());
+  nonfinite |= measure(table, 0, middle, sums.grad_tiles.data(), sums.param_tiles.data());
+  add_up_rows(table, 0, table.row_count, sums.grad_tiles.data(), sums.param_tiles.data(), sums.row_squares.data());
+  sums.totals = {add_up_total(table, sums.row_squares.data()), nonfinite ? 1.0 : 0.0};
 }
 
 bool same(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
   for (std::size_t i = 0; i < a.size(); ++i) {
-    for (int c = 0; c < 3; ++c) {
+    for (int c = 0; c < 4; ++c) {
       if (!a[i].columns[c].same(b[i].columns[c])) {
         std::printf("tensor %zu of %zu, combination %d, %lld elements, column %d differs\n", i, a.size(),
                     a[i].combination, static_cast<long long>(a[i].length), c);
@@ -170,22 +252,31 @@ bool grid_equals_walk(const std::vector<Tensor>& tensors, const float* grad_scal
   std::vector<Tensor> expected = tensors;
   TablePacker packer;
   fill(packer, expected);
-  const Table table = packer.table(grad_scale);
+  Table table = packer.table();
+  SumMemory cpu_sums(table);
+  table.scalars.grad_scale = grad_scale;
+  measure_on_cpu(table, cpu_sums);
+  Scalars scalars;
+  scalars.max_grad_norm = grad_scale != nullptr ? 2 : 0;
+  table.scalars.max_grad_norm = scalars.max_grad_norm;
+  table.scalars.totals = cpu_sums.totals.data();
+  table.scalars.row_squares = cpu_sums.row_squares.data();
   cpu::instruction_set().walk(table, 0, table.chunk_count());
-  for (uint32_t log2 : {13u, 16u}) {
+  const float fine = 0;
+  scalars.found_inf = &fine;
+  for (uint32_t log2 : {12u, 14u}) {
     std::vector<Tensor> walked = tensors;
     fill(packer, walked);
     packer.rechunk(log2);
-    cuda::Scalars scalars;
-    if (log2 == 13) {
-      scalars.grad_scale = grad_scale;
-    } else if (grad_scale != nullptr) {
-      scalars.grad_scale_value = *grad_scale;
-      scalars.has_grad_scale_value = true;
+    SumMemory sums(packer.table());
+    scalars.grad_scale = log2 == 12 ? grad_scale : nullptr;
+    const float* number = log2 == 12 ? nullptr : grad_scale;
+    if (launch(packer, scalars, number, sums) != expected_capacity) return false;
+    if (sums.row_squares != cpu_sums.row_squares || sums.totals != cpu_sums.totals || sums.nonfinite != 0) {
+      std::printf("the sums of squares differ: %.17g, on the CPU %.17g\n", sums.totals[0], cpu_sums.totals[0]);
+      return false;
     }
-    const float fine = 0;
-    scalars.found_inf = &fine;
-    if (launch(packer, scalars) != expected_capacity || !same(walked, expected)) return false;
+    if (!same(walked, expected)) return false;
   }
   return true;
 }
@@ -214,8 +305,11 @@ int main() {
       tensors.emplace_back(line, 4099, 0, offset, 0);
       tensors.emplace_back(line, 4099, 0, 0, offset);
     }
-    CHECK(grid_equals_walk(tensors, nullptr, cuda::kSmallCapacity));
-    CHECK(grid_equals_walk(tensors, &scale, cuda::kSmallCapacity));
+    for (const bool ema : {false, true}) {
+      with_ema = ema;
+      CHECK(grid_equals_walk(tensors, nullptr, cuda::kLargeCapacity));
+      CHECK(grid_equals_walk(tensors, &scale, cuda::kLargeCapacity));
+    }
   }
 
   // All of them in one table, which is one launch.
@@ -225,6 +319,7 @@ int main() {
       tensors.emplace_back(line, 1 + 997 * line, line % 3, line % 5, line % 2);
     }
     CHECK(grid_equals_walk(tensors, &scale, cuda::kSmallCapacity));
+    with_ema = false;
   }
 
   // Tables around the limits of the arguments.
@@ -232,8 +327,8 @@ int main() {
     TablePacker packer;
     std::size_t last_small = 0, last_large = 0;  // how many tensors fit
     for (std::size_t count = 1; last_large == 0; ++count) {
-      packer.start(kMaxColumns, 12);
-      for (std::size_t i = 0; i < count; ++i) packer.add_row(1, packer.add_group(make_group(i)), line, false);
+      packer.start(4);
+      for (std::size_t i = 0; i < count; ++i) packer.add_row(1, packer.add_group(make_group(i)), line);
       if (cuda::packed_bytes(packer) <= cuda::kSmallCapacity) last_small = count;
       if (cuda::packed_bytes(packer) > cuda::kLargeCapacity) last_large = count - 1;
     }
@@ -244,15 +339,45 @@ int main() {
     CHECK(grid_equals_walk(many(3000, line, 2), &scale, 0));
   }
 
-  // An overflow skips the step, whatever GradScaler summed over devices.
-  for (const float found : {1.0f, 2.0f, -1.0f}) {
-    std::vector<Tensor> tensors = many(3, 0, 1000), before = tensors;
+  // An overflow skips the step, whatever GradScaler summed over devices; so does what the first pass finds.
+  for (const float found : {1.0f, 2.0f, -1.0f, 0.0f}) {
+    std::vector<Tensor> tensors = many(3, 0, 5000);
+    if (found == 0) static_cast<float*>(tensors[1].columns[1].data())[4321] = -INFINITY;
+    const std::vector<Tensor> before = tensors;
     TablePacker packer;
     fill(packer, tensors);
-    cuda::Scalars scalars;
+    SumMemory sums(packer.table());
+    Scalars scalars;
     scalars.found_inf = &found;
-    launch(packer, scalars);
+    scalars.skip_nonfinite = found == 0;
+    int64_t skipped = 7;
+    scalars.skipped_steps = &skipped;
+    launch(packer, scalars, nullptr, sums);
     CHECK(same(tensors, before));
+    CHECK(sums.totals[1] == (found == 0 ? 1 : 0));
+    CHECK(skipped == 8);
+  }
+
+  // A tensor of more tiles than lanes, and more rows than threads: the tree of the last block, against plain sums.
+  {
+    std::vector<Tensor> tensors = many(600, 0, 3);
+    tensors.emplace_back(0, 300 * kTile + 77, 0, 0, 0);
+    TablePacker packer;
+    fill(packer, tensors);
+    const Table table = packer.table();
+    SumMemory on_gpu(table), on_cpu(table);
+    measure_grid<cuda::kAnyCombination>(table, on_gpu.sums());
+    measure_on_cpu(table, on_cpu);
+    CHECK(on_gpu.row_squares == on_cpu.row_squares);
+    CHECK(on_gpu.totals == on_cpu.totals);
+    long double sum = 0;
+    for (const Tensor& t : tensors) {
+      for (int64_t i = 0; i < t.length; ++i) {
+        const long double x = static_cast<const float*>(t.columns[1].data())[i];
+        sum += x * x;
+      }
+    }
+    CHECK(std::fabs(static_cast<double>(sum) - on_cpu.totals[0]) <= 1e-14 * on_cpu.totals[0]);
   }
 
   // Beyond 2^31 elements, in memory that is only reserved: the first, a middle and the last chunk.
@@ -266,22 +391,22 @@ int main() {
       column = static_cast<uint16_t*>(memory);
     }
     TablePacker packer;
-    packer.start(kMaxColumns, 12);
+    packer.start(4);
     Group group;
     group.lr = 0.5;
     group.momentum = 0.5;
-    void** columns = packer.add_row(length, packer.add_group(group), Line_BFloat16_BFloat16_BFloat16, false);
+    void** columns = packer.add_row(length, packer.add_group(group), Line_BFloat16_BFloat16_BFloat16);
     for (int c = 0; c < 3; ++c) columns[c] = data[c];
-    packer.rechunk(16);
-    const Table table = packer.table(nullptr);
-    CHECK(table.chunk_count() == static_cast<uint32_t>((length + 32767) / 32768));
+    packer.rechunk(14);
+    const Table table = packer.table();
+    CHECK(table.chunk_count() == static_cast<uint32_t>((length + 16383) / 16384));
     for (const int64_t i : {int64_t{0}, length / 2, length - 1}) {
       data[0][i] = float_to_bfloat16(4);
       data[1][i] = float_to_bfloat16(2);
       data[2][i] = float_to_bfloat16(8);
-      const auto block = static_cast<uint32_t>(i / 32768);
+      const auto block = static_cast<uint32_t>(i / 16384);
       for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
-        cuda::walk_thread<Line_BFloat16_BFloat16_BFloat16>(table, block, thread);
+        cuda::walk_thread<Line_BFloat16_BFloat16_BFloat16, false>(table, block, thread);
       }
       CHECK(bfloat16_to_float(data[2][i]) == 6);
       CHECK(bfloat16_to_float(data[0][i]) == 1);
@@ -289,11 +414,11 @@ int main() {
     for (auto& column : data) munmap(column, bytes);
   }
 
-  // Chunks: never smaller than a block's first load, larger when all blocks have work.
-  CHECK(cuda::choose_log2_chunk_bytes(0, 528) == 13);
-  CHECK(cuda::choose_log2_chunk_bytes(uint64_t{25600000} * 4, 528) == 16);
-  CHECK(cuda::choose_log2_chunk_bytes(uint64_t{528} << 14, 528) == 14);
-  CHECK(cuda::choose_log2_chunk_bytes(uint64_t{1} << 40, 528) == 16);
+  // Chunks: whole tiles, larger when all blocks have work.
+  CHECK(cuda::choose_log2_chunk(0, 528) == 12);
+  CHECK(cuda::choose_log2_chunk(25600000, 528) == 14);
+  CHECK(cuda::choose_log2_chunk(uint64_t{528} << 13, 528) == 13);
+  CHECK(cuda::choose_log2_chunk(uint64_t{1} << 40, 528) == 14);
 
   std::printf("grid: %d failures\n", failures);
   return failures;

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .base import CannotRun
+
 SOURCE = Path(__file__).with_name("flat_loop.cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -22,20 +24,35 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
+def build(command: list[str], source: Path, variable: str) -> ctypes.CDLL:
+    """Compiles one file into a library and loads it.
+
+    For each run anew, which takes seconds: a kept one could be stale, or another user's.
+
+    Args:
+        command: the compiler and its flags.
+        source: the file.
+        variable: the environment variable that names another compiler.
+
+    Raises:
+        CannotRun: there is no compiler, or it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="fused-sgd-benchmark-") as folder:
+        library = Path(folder) / f"{source.stem}.so"
+        whole = [*command, str(source), "-o", str(library)]
+        try:
+            subprocess.run(whole, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise CannotRun(f"{source.name} needs a compiler, and there is no {command[0]}; set {variable}") from error
+        except subprocess.CalledProcessError as error:
+            raise CannotRun(f"{' '.join(whole)} failed:\n{error.stderr.strip()}") from error
+        return ctypes.CDLL(str(library))
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
-    # Compiled for each run, which takes a second: a kept one could be stale, or another user's.
-    with tempfile.TemporaryDirectory(prefix="fused-sgd-benchmark-") as folder:
-        library = Path(folder) / "flat_loop.so"
-        command = [compiler(), *FLAGS, str(SOURCE), "-o", str(library)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise RuntimeError(f"the flat loop needs a C++ compiler, and there is no {compiler()}; set CXX") from error
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{error.stderr.strip()}") from error
-        # Its libgomp.so.1 is found among the loaded ones: torch's, so that both run on the same threads.
-        return ctypes.CDLL(str(library))
+    # Its libgomp.so.1 is found among the loaded ones: torch's, so that both run on the same threads.
+    return build([compiler(), *FLAGS], SOURCE, "CXX")
 
 
 def flat_loop(

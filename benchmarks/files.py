@@ -1,0 +1,107 @@
+"""Reads result files: those of this protocol, older ones where they can be, and refuses the rest with a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .results import PROTOCOL
+
+_HEADER = ("benchmark", "date", "commit", "device", "torch", "threads", "quick", "rows")
+_ADDED_BY_2 = {
+    "curve": None,
+    "x": None,
+    "writes_gradients": False,
+    "percent_of_copy": None,
+    "host_bound": False,
+    "buffer_sets": 1,
+    "launches": None,
+    "copies": None,
+    "operators": None,
+    "peak_extra_bytes": None,
+    "state_bytes_per_parameter": None,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result file: its header and its rows, in the form of this protocol."""
+
+    file: Path
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def benchmark(self) -> str:
+        """The command that made it."""
+        name: str = self.header["benchmark"]
+        return name
+
+    @property
+    def machine(self) -> str:
+        """Device and number of cores: what makes two runs comparable."""
+        device = self.header["device"]
+        return f"{device['name']}, {device['cores']} cores"
+
+    def __str__(self) -> str:
+        header = self.header
+        quick = ", quick" if header["quick"] else ""
+        return f"{self.machine}, torch {header['torch']}, {(header['commit'] or 'unknown')[:7]}{quick}"
+
+
+def read(file: Path) -> Run:
+    """Reads one file.
+
+    Raises:
+        UserError: it cannot be read, is no result file, or is of a protocol this program does not know.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # json's and utf-8's errors alike
+        raise UserError(f"{file}: is no JSON ({error}); was it cut short?") from error
+    if not isinstance(content, dict) or "protocol" not in content:
+        raise UserError(f"{file}: is no result file: it names no protocol")
+    protocol = content["protocol"]
+    if protocol not in range(1, PROTOCOL + 1):
+        raise UserError(
+            f"{file}: is of protocol {protocol}, and this program reads 1 to {PROTOCOL}; use the version that wrote it"
+        )
+    missing = [key for key in _HEADER if key not in content]
+    if missing:
+        raise UserError(f"{file}: is no complete result file: it lacks {', '.join(missing)}")
+    rows = content.pop("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "peer" in row for row in rows):
+        raise UserError(f"{file}: is no result file: its rows are not a list of peers")
+    if protocol == 1:
+        rows = [{**_ADDED_BY_2, **row} for row in rows]
+    return Run(file, content, rows)
+
+
+def read_folder(folder: Path) -> list[Run]:
+    """All result files of a folder, the oldest first.
+
+    Raises:
+        UserError: as ``read``; or the folder has none.
+    """
+    runs = [read(file) for file in sorted(folder.glob("*.json"))]
+    if not runs:
+        raise UserError(f"{folder}: there is no result file")
+    return sorted(runs, key=lambda run: (run.header["date"], run.file.name))
+
+
+def newest(runs: Iterable[Run], benchmark: str) -> list[Run]:
+    """Of each machine, device and torch the newest run of a benchmark; a full one rather than a quick one."""
+    best: dict[tuple[str, str], Run] = {}
+    for run in runs:  # the oldest first
+        if run.benchmark != benchmark:
+            continue
+        key = (run.machine, run.header["torch"])
+        if key not in best or not run.header["quick"] or best[key].header["quick"]:
+            best[key] = run
+    return list(best.values())

@@ -1,0 +1,135 @@
+"""FusedLARS: layer-wise adaptive rate scaling, for large batches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fused_sgd.optimizer import FusedSGD
+from fused_sgd.reference import clip_coefficient, trust_ratio
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+
+class TrustRatio(NamedTuple):
+    """What the last step found of one parameter; 0-dim float64 tensors on its device."""
+
+    group: int
+    parameter: int  # its index in the group
+    param_norm: Tensor  # L2, before the step
+    grad_norm: Tensor  # L2, after unscaling and clipping
+    ratio: Tensor  # what the gradient with its penalty was multiplied by, without the learning rate
+
+
+class FusedLARS(FusedSGD):
+    """SGD with a trust ratio for each parameter, in the same pass.
+
+    LARS of You et al., `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_.
+    Arguments and numbers are those of timm's ``Lars``, to rounding. See :func:`fused_sgd.reference.trust_ratio` for the
+    formula. Biases and norms are usually left without weight decay, and so without adaptation: see
+    :func:`fused_sgd.param_groups`.
+
+    Args:
+        params: parameters, named parameters, or dicts that define param groups.
+        lr: learning rate.
+        momentum: momentum factor.
+        dampening: part of the gradient kept out of the momentum buffer, from a parameter's second step on.
+        weight_decay: L2 penalty, which takes part in the trust ratio.
+        nesterov: whether to use Nesterov momentum; needs ``momentum > 0`` and ``dampening == 0``.
+        trust_coeff: trust coefficient.
+        eps: added to the ratio's denominator.
+        trust_clip: LARC: the ratio is divided by ``lr`` and held at 1, so that no parameter learns faster than ``lr``.
+        always_adapt: whether parameters without weight decay adapt, too.
+        lr_in_momentum: whether the momentum buffer accumulates what was multiplied by the learning rate, as in the
+            paper and in MLPerf's reference; timm multiplies afterwards.
+        maximize, foreach, differentiable, fused, max_grad_norm, skip_nonfinite, ema_decay, norm_process_group: as for
+            :class:`FusedSGD`; gradient norms are taken after clipping. ``foreach=True`` is refused.
+        decoupled_weight_decay: refused; here because optimizers are rebuilt from their defaults.
+
+    Raises:
+        ValueError: a hyperparameter is out of range or NaN, or a parameter is given twice.
+        RuntimeError: options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        trust_coeff: float = 0.001,
+        eps: float = 1e-8,
+        trust_clip: bool = False,
+        always_adapt: bool = False,
+        *,
+        lr_in_momentum: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        norm_process_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coeff": trust_coeff,
+            "eps": eps,
+            "trust_clip": trust_clip,
+            "always_adapt": always_adapt,
+            "lr_in_momentum": lr_in_momentum,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+            "ema_decay": ema_decay,
+        }
+        self._start(params, defaults, norm_process_group)
+
+    def trust_ratios(self) -> list[TrustRatio]:
+        """Norms and trust ratio of each parameter that the last step's kernel took, for logging.
+
+        They are computed from the norms the step has left, without waiting for the GPU.
+        """
+        found = [] if self._plan is None else self._plan.row_squares()
+        norm = self.grad_norm
+        rows = []
+        for group, index, squares in found:
+            options = self.param_groups[group]
+            param_norm, grad_norm = squares.sqrt().unbind()
+            if options["max_grad_norm"] is not None and norm is not None:
+                grad_norm = grad_norm * clip_coefficient(norm, options["max_grad_norm"]).to(grad_norm.device)
+            keys = ("lr", "weight_decay", "trust_coeff", "eps", "trust_clip", "always_adapt")
+            ratio = trust_ratio(param_norm, grad_norm, **{key: options[key] for key in keys})
+            rows.append(TrustRatio(group, index, param_norm, grad_norm, ratio))
+        return rows
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The usual split: weights with decay, biases and the parameters of norms (all of one dimension) without.
+
+    Without weight decay, :class:`FusedLARS` does not adapt either, unless ``always_adapt``.
+
+    Args:
+        model: whose parameters, those that require gradients.
+        weight_decay: of the first group.
+
+    Returns:
+        Two param groups of named parameters, to give to an optimizer; a group without parameters is left out.
+    """
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = [
+        {"params": [(name, param) for name, param in named if param.dim() > 1], "weight_decay": weight_decay},
+        {"params": [(name, param) for name, param in named if param.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
