@@ -8,15 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import fill_unset
+
 _WORD = 0xFFFFFFFF
 
 INT8_BLOCK = 64
 """Elements that share a scale; benchmarks/int8_error.py measures the choice."""
 
 _LARGEST_SCALE = float.fromhex("0x1.020406p+121")  # 127 of it are finite
-
-UNSET_BITS = 0x7FEE0000
-"""The scale, a NaN, of a block to which no momentum was added yet."""
 
 
 def split_round(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +154,7 @@ def int8_dequantize(codes: Tensor, scale: Tensor, block: int = INT8_BLOCK) -> Te
 
 
 def int8_unset(shape: torch.Size, block: int = INT8_BLOCK, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Codes and scales to which nothing was added yet; all elements decode to the NaN of :data:`UNSET_BITS`."""
+    """Codes and scales to which nothing was added yet; all elements decode to :func:`~fused_sgd.reference.unset`."""
     blocks = (shape[0], -(-shape[1:].numel() // block))
-    scale = torch.full(blocks, UNSET_BITS, dtype=torch.int32, device=device).view(torch.float32)
+    scale = fill_unset(torch.empty(blocks, dtype=torch.float32, device=device))
     return torch.zeros(shape, dtype=torch.int8, device=device), scale

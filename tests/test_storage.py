@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_sgd import _storage
+from fused_sgd import _storage, reference
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +158,7 @@ def test_int8_of_zeros_of_broken_blocks_and_of_nothing_yet() -> None:
     assert back[1, 64:].isfinite().all()
     unset = _storage.int8_dequantize(*_storage.int8_unset(torch.Size((3, 100))))
     assert unset.shape == (3, 100)
-    assert (unset.view(torch.int32) == _storage.UNSET_BITS).all()
+    assert reference.is_unset(unset).all()
 
 
 def test_which_tensors_are_coded() -> None:

@@ -5,16 +5,13 @@
 //
 // so a block of zeros is exact. (No scale is subnormal: its inverse stays finite, and nothing is lost where subnormals
 // are flushed to zero. And 127 of the largest are finite.) A block that holds an infinity or NaN becomes NaN as a
-// whole, lest the error seem to be gone. A block to which nothing was added yet is marked by its scale, and all of its
-// elements decode to the mark.
+// whole, lest the error seem to be gone. A block to which nothing was added yet has the rule's unset_value()
+// for its scale, and all of its elements decode to that, whatever their codes.
 #pragma once
 
 #include "column.h"
 
 namespace fused_sgd {
-
-// A NaN that no computation has for a result. The rule takes such an element's step for its first.
-inline constexpr uint32_t kUnsetBits = 0x7FEE0000u;
 
 inline constexpr float kSmallestScale = 0x1p-126f, kLargestScale = 0x1.020406p+121f;
 
@@ -24,7 +21,6 @@ struct Int8Momentum {
   using Acc = float;
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 1;  // and 4 / kBlock
-  static constexpr int kNarrowest = 1;
   static constexpr int kBlock = kBlockSize;
 
   Column<int8_t> codes;

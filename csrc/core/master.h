@@ -12,7 +12,6 @@ struct Master {
   using Acc = float;
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 6;
-  static constexpr int kNarrowest = 2;
   static constexpr int kBlock = 1;
 
   Column<uint16_t> parameter;
@@ -20,9 +19,10 @@ struct Master {
 
   FSGD_INLINE explicit Master(void* const* columns) : parameter(columns[0]), master(columns[1]) {}
   FSGD_INLINE float load(int64_t i) const { return master.data[i]; }
-  FSGD_INLINE void store(int64_t i, float x) const {
+  FSGD_INLINE float store(int64_t i, float x) const {
     parameter.data[i] = kNarrow(x);
     master.data[i] = x;
+    return x;
   }
 
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }

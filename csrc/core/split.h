@@ -26,12 +26,12 @@ FSGD_INLINE float join_split(Split split) {
   return bit_cast<float>((high & 0x7FFFFFFFu) > 0x7F800000u ? nan : number);
 }
 
-// Columns: the bf16 parameter, its remainder (int16).
+// Columns: the bf16 parameter, its remainder (int16). What was stored is what a load gives: only a signalling NaN would
+// change, and no arithmetic leaves one.
 struct SplitBFloat16 {
   using Acc = float;
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 4;
-  static constexpr int kNarrowest = 2;
   static constexpr int kBlock = 1;
 
   Column<uint16_t> parameter;
@@ -39,10 +39,11 @@ struct SplitBFloat16 {
 
   FSGD_INLINE explicit SplitBFloat16(void* const* columns) : parameter(columns[0]), remainder(columns[1]) {}
   FSGD_INLINE float load(int64_t i) const { return join_split({parameter.data[i], remainder.data[i]}); }
-  FSGD_INLINE void store(int64_t i, float x) const {
+  FSGD_INLINE float store(int64_t i, float x) const {
     const Split split = round_split(x);
     parameter.data[i] = split.high;
     remainder.data[i] = split.low;
+    return x;
   }
 
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }

@@ -13,7 +13,7 @@
 //
 // i is the logical element of the parameter, from 0.
 //
-// Such a format has, beside what formats.h asks for, kTile: store_pack of so many elements, from a multiple of it on,
+// Such a format has, beside what formats.h asks for, kBatch: store_pack of so many elements, from a multiple of it on,
 // costs a fraction of as many single stores. (A power of two; every divisor of it will do as well, down to a call's.)
 #pragma once
 
@@ -115,9 +115,8 @@ struct Stochastic {
   using Acc = float;
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 2;
-  static constexpr int kNarrowest = 2;
   static constexpr int kBlock = 1;
-  static constexpr int kTile = 128;
+  static constexpr int kBatch = 128;
 
   Column<uint16_t> parameter;
   RandomBits<Draw> random;
@@ -125,7 +124,11 @@ struct Stochastic {
   FSGD_INLINE explicit Stochastic(void* const* columns)
       : parameter(columns[0]), random(*static_cast<const StochasticRecord*>(columns[1])) {}
   FSGD_INLINE float load(int64_t i) const { return kDecode(parameter.data[i]); }
-  FSGD_INLINE void store(int64_t i, float x) const { parameter.data[i] = kRound(x, random.draw(i)); }
+  FSGD_INLINE float store(int64_t i, float x) const {
+    const uint16_t stored = kRound(x, random.draw(i));
+    parameter.data[i] = stored;
+    return kDecode(stored);
+  }
 
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return parameter.aligned(i); }
@@ -141,16 +144,19 @@ struct Stochastic {
     for (int k = 0; k < n; ++k) x[k] = kDecode(pack.element[k]);
   }
   template <int n>
-  FSGD_INLINE void store_pack(int64_t i, bool wide, const float (&x)[n]) const {
+  FSGD_INLINE void store_pack(int64_t i, bool wide, float (&x)[n]) const {
     if (n % RandomBits<Draw>::kPerCall != 0 || i % n != 0) {  // a tensor that does not begin at a 16-byte boundary
       FSGD_UNROLL
-      for (int k = 0; k < n; ++k) store(i + k, x[k]);
+      for (int k = 0; k < n; ++k) x[k] = store(i + k, x[k]);
       return;
     }
     const auto draws = random.template draws<n>(i);
     Packed<n> pack;
     FSGD_UNROLL
-    for (int k = 0; k < n; ++k) pack.element[k] = kRound(x[k], draws.draw[k]);
+    for (int k = 0; k < n; ++k) {
+      pack.element[k] = kRound(x[k], draws.draw[k]);
+      x[k] = kDecode(pack.element[k]);
+    }
     parameter.store_pack(i, wide, pack);
   }
 };

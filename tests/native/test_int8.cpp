@@ -18,7 +18,7 @@ namespace {
 std::mt19937 generator(0);
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A tensor in this format; its memory holds nonsense first.
+// A tensor in this format; nothing was added to it yet, and its codes are nonsense.
 template <int kBlock>
 struct Coded {
   std::vector<int8_t> codes;
@@ -26,7 +26,9 @@ struct Coded {
   void* columns[2];
 
   explicit Coded(int64_t length)
-      : codes(length, 77), scales((length + kBlock - 1) / kBlock, 5), columns{codes.data(), scales.data()} {}
+      : codes(length, 77),
+        scales((length + kBlock - 1) / kBlock, unset_value(float())),
+        columns{codes.data(), scales.data()} {}
   Int8Momentum<kBlock> format() const { return Int8Momentum<kBlock>(columns); }
 
   void store(const std::vector<float>& x) {
@@ -89,7 +91,7 @@ int special_blocks() {
   // One infinity or NaN, wherever in its block, makes that block NaN and no other. The mark itself, come from outside,
   // is a NaN like all others.
   for (const float bad : {kInfinity, -kInfinity, std::nanf(""), -std::nanf(""), bit_cast<float>(0x7F800001u),
-                          bit_cast<float>(0xFFFFFFFFu), bit_cast<float>(kUnsetBits)}) {
+                          bit_cast<float>(0xFFFFFFFFu), unset_value(float())}) {
     for (int64_t at : {2 * kBlock, 2 * kBlock + kBlock / 2 + 1, 3 * kBlock - 1}) {
       std::vector<float> broken = x;
       broken[at] = bad;
@@ -114,10 +116,9 @@ int special_blocks() {
 
   // A block that is not set yet decodes to its mark, whatever the codes.
   Coded<kBlock> unset(kBlock);
-  unset.scales[0] = bit_cast<float>(kUnsetBits);
   for (int64_t i = 0; i < kBlock; ++i) {
     unset.codes[i] = static_cast<int8_t>(i);
-    CHECK(bit_cast<uint32_t>(unset.format().load(i)) == kUnsetBits);
+    CHECK(is_unset(unset.format().load(i)));
   }
   return failures;
 }
@@ -168,18 +169,18 @@ int walk() {
   group.momentum = 0.9;
   std::normal_distribution<float> normal;
   for (const int64_t length : {int64_t{1}, int64_t{kBlock}, int64_t{20 * kBlock}, int64_t{20 * kBlock + 5}}) {
-    std::vector<float> p = sample(length, 0), g(length), exact_p = p, exact_b(length);
+    std::vector<float> p = sample(length, 0), g(length), exact_p = p, exact_b(length, unset_value(float()));
     Coded<kBlock> b(length);
-    void* columns[] = {p.data(), g.data(), b.columns[0], b.columns[1]};
+    void* columns[] = {p.data(), g.data(), b.columns[0], b.columns[1], nullptr};
     void* exact_columns[] = {exact_p.data(), g.data(), exact_b.data()};
+    const Hyperparameters<float> h(group, Scalars{}, 0);
     double bound = 0;  // of momentum's error
     for (int step = 0; step < 30; ++step) {
       for (float& value : g) value = normal(generator);
-      const Hyperparameters<float> h(group, nullptr, step == 0);
       const int64_t middle = length / 2 / kBlock * kBlock;
       cpu::walk_blocks<Float32, Float32, Int8Momentum<kBlock>>(columns, h, 0, middle);
       cpu::walk_blocks<Float32, Float32, Int8Momentum<kBlock>>(columns, h, middle, length);
-      cpu::walk_elements<Float32, Float32, Float32, true, false>(exact_columns, h, 0, length);
+      cpu::walk_elements<Float32, Float32, Float32, cpu::Kind<true, false, true>>(exact_columns, h, 0, length);
       const float scale = *std::max_element(b.scales.begin(), b.scales.end());
       bound = 0.9 * bound + 0.51 * scale;
       for (int64_t i = 0; i < length; ++i) CHECK(std::fabs(b.format().load(i) - exact_b[i]) <= bound);

@@ -12,6 +12,8 @@ using namespace fused_sgd;
 
 namespace {
 
+using Step = cpu::Kind<true, false, true>;  // with momentum, and nothing unusual
+
 template <class Format>
 int walk_equals_fp32(uint16_t (*narrow)(float)) {
   std::mt19937 random(0);
@@ -26,12 +28,12 @@ int walk_equals_fp32(uint16_t (*narrow)(float)) {
     Group group;
     group.lr = 1e-4;
     group.momentum = 0.9;
-    const Hyperparameters<float> h(group, nullptr, false);
+    const Hyperparameters<float> h(group, Scalars{}, 0);
     for (int step = 0; step < 3; ++step) {
       for (float& x : g) x = normal(random);
-      cpu::walk_elements<Float32, Float32, Float32, true, true>(wide_columns, h, 0, length);
-      cpu::walk_elements<Format, Float32, Float32, true, true>(columns, h, 0, length / 2);
-      cpu::walk_elements<Format, Float32, Float32, true, true>(columns, h, length / 2, length);
+      cpu::walk_elements<Float32, Float32, Float32, Step>(wide_columns, h, 0, length);
+      cpu::walk_elements<Format, Float32, Float32, Step>(columns, h, 0, length / 2);
+      cpu::walk_elements<Format, Float32, Float32, Step>(columns, h, length / 2, length);
     }
     for (int64_t i = 0; i < length; ++i) {
       CHECK(master[i] == p[i]);
@@ -58,11 +60,11 @@ int packs_equal_elements() {
       float x[8], y[8];
       for (int k = 0; k < 8; ++k) {
         x[k] = k == 7 ? std::numeric_limits<float>::infinity() : 0.1f * static_cast<float>(i + k);
-        elements.store(i + k, x[k]);
+        CHECK(elements.store(i + k, x[k]) == x[k]);
       }
       packs.store_pack(i, packs.aligned(i), x);
       Format::unpack(packs.template load_pack<8>(i, packs.aligned(i)), y);
-      for (int k = 0; k < 8; ++k) CHECK(y[k] == x[k]);
+      for (int k = 0; k < 8; ++k) CHECK(y[k] == x[k] && x[k] == elements.load(i + k));
     }
     for (int i = 0; i < 32; ++i) {
       CHECK(parameter[i] == expected_parameter[i]);

@@ -13,6 +13,8 @@ using namespace fused_sgd;
 
 namespace {
 
+using Step = cpu::Kind<true, false, true>;  // with momentum, and nothing unusual
+
 // What became of the 2^24 patterns from `begin` on. Counts instead of checks, and no branch: the loop is to vectorise.
 struct Count {
   uint32_t changed = 0;    // comes back in other bits
@@ -79,17 +81,17 @@ int main() {
   std::vector<float> split_b = b;
   void* columns[] = {high.data(), low.data(), g.data(), split_b.data()};
   const SplitBFloat16 split(columns);
-  for (int64_t i = 0; i < length; ++i) split.store(i, p[i]);
+  for (int64_t i = 0; i < length; ++i) CHECK(split.store(i, p[i]) == p[i]);
   Group group;
   group.lr = 1e-4;  // too little for bf16 alone
   group.momentum = 0.9;
   group.weight_decay = 0.01;
-  const Hyperparameters<float> h(group, nullptr, false);
+  const Hyperparameters<float> h(group, Scalars{}, 0);
   for (int step = 0; step < 10; ++step) {
     for (float& x : g) x = normal(random);
-    cpu::walk_elements<Float32, Float32, Float32, true, true>(wide_columns, h, 0, length);
-    cpu::walk_elements<SplitBFloat16, Float32, Float32, true, true>(columns, h, 0, 500);
-    cpu::walk_elements<SplitBFloat16, Float32, Float32, true, true>(columns, h, 500, length);
+    cpu::walk_elements<Float32, Float32, Float32, Step>(wide_columns, h, 0, length);
+    cpu::walk_elements<SplitBFloat16, Float32, Float32, Step>(columns, h, 0, 500);
+    cpu::walk_elements<SplitBFloat16, Float32, Float32, Step>(columns, h, 500, length);
   }
   for (int64_t i = 0; i < length; ++i) {
     CHECK(split.load(i) == p[i]);
@@ -107,6 +109,7 @@ int main() {
     packed.store_pack(i, packed.aligned(i), x);
     SplitBFloat16::unpack(packed.load_pack<8>(i, packed.aligned(i)), y);
     for (int k = 0; k < 8; ++k) {
+      CHECK(x[k] == p[i + k]);
       CHECK(y[k] == x[k]);
       CHECK(packed.load(i + k) == x[k]);
     }

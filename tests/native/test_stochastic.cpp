@@ -13,6 +13,8 @@ using namespace fused_sgd;
 
 namespace {
 
+using Step = cpu::Kind<true, false, true>;  // with momentum, and nothing unusual
+
 bool same(PhiloxWords a, PhiloxWords b) {
   return a.word[0] == b.word[0] && a.word[1] == b.word[1] && a.word[2] == b.word[2] && a.word[3] == b.word[3];
 }
@@ -93,9 +95,11 @@ int no_bias() {
     StochasticRecord record{0x123456789ABCDEFull, 7, 0, 0};
     void* columns[] = {rounded.data(), &record};
     const typename Case::Format format(columns);
-    float tile[128];
-    for (float& t : tile) t = x;
-    for (int64_t i = 0; i < n; i += 128) format.store_pack(i, false, tile);
+    for (int64_t i = 0; i < n; i += 128) {
+      float batch[128];
+      for (float& b : batch) b = x;
+      format.store_pack(i, false, batch);
+    }
 
     const float size = std::fabs(x);
     uint16_t low = Case::nearest(size);
@@ -125,13 +129,13 @@ int layout() {
   for (const StochasticRecord record : {StochasticRecord{0, 0, 0, 0}, StochasticRecord{1, 0, 0, 0},
                                         StochasticRecord{uint64_t{5} << 32 | 9, 3, uint64_t{2} << 32 | 11, 0}}) {
     StochasticRecord stored = record;
-    std::vector<uint16_t> expected(n), elements(n), packs(n), tiles(n);
+    std::vector<uint16_t> expected(n), elements(n), packs(n), batches(n);
     for (int64_t i = 0; i < n; ++i) expected[i] = Case::round(x[i], documented_draw(record, i, Case::kBits));
     const auto format = [&stored](std::vector<uint16_t>& data) {
       void* columns[] = {data.data(), &stored};
       return typename Case::Format(columns);
     };
-    for (int64_t i = 0; i < n; ++i) format(elements).store(i, x[i]);
+    for (int64_t i = 0; i < n; ++i) CHECK(format(elements).store(i, x[i]) == Case::value(expected[i]));
     CHECK(elements == expected);
     for (const int64_t head : {0, 3, 4}) {  // as a tensor's first elements before a boundary
       std::fill(packs.begin(), packs.end(), uint16_t{0});
@@ -141,21 +145,23 @@ int layout() {
         float pack[8];
         for (int k = 0; k < 8; ++k) pack[k] = x[i + k];
         format(packs).store_pack(i, false, pack);
+        for (int k = 0; k < 8; ++k) CHECK(pack[k] == Case::value(expected[i + k]));
       }
       for (; i < n; ++i) format(packs).store(i, x[i]);
       CHECK(packs == expected);
     }
     int64_t i = 0;
     for (; i + 128 <= n; i += 128) {
-      float tile[128];
-      for (int k = 0; k < 128; ++k) tile[k] = x[i + k];
-      format(tiles).store_pack(i, false, tile);
+      float batch[128];
+      for (int k = 0; k < 128; ++k) batch[k] = x[i + k];
+      format(batches).store_pack(i, false, batch);
+      for (int k = 0; k < 128; ++k) CHECK(batch[k] == Case::value(expected[i + k]));
     }
-    for (; i < n; ++i) format(tiles).store(i, x[i]);
-    CHECK(tiles == expected);
+    for (; i < n; ++i) format(batches).store(i, x[i]);
+    CHECK(batches == expected);
 
     for (const int64_t far : {int64_t{0}, (int64_t{1} << 34) - 128, int64_t{1} << 35, int64_t{1} << 40}) {
-      void* columns[] = {tiles.data(), &stored};
+      void* columns[] = {batches.data(), &stored};
       const auto draws = typename Case::Format(columns).random.template draws<128>(far);
       for (int k = 0; k < 128; ++k) CHECK(draws.draw[k] == documented_draw(record, far + k, Case::kBits));
     }
@@ -170,7 +176,7 @@ int walks() {
   Group group;
   group.lr = 1e-5;
   group.momentum = 0.9;
-  const Hyperparameters<float> h(group, nullptr, false);
+  const Hyperparameters<float> h(group, Scalars{}, 0);
   std::vector<float> gradient(n, 0.1f);
   std::vector<uint16_t> whole(n, Case::nearest(1)), split = whole, nearest = whole;
   std::vector<float> b(n), split_b = b, nearest_b = b;
@@ -179,12 +185,20 @@ int walks() {
     void* columns[] = {whole.data(), &record, gradient.data(), b.data()};
     void* split_columns[] = {split.data(), &record, gradient.data(), split_b.data()};
     void* nearest_columns[] = {nearest.data(), gradient.data(), nearest_b.data()};
-    cpu::walk_elements<typename Case::Format, Float32, Float32, true, true>(columns, h, 0, n);
-    cpu::walk_elements<typename Case::Format, Float32, Float32, true, true>(split_columns, h, 0, 333);
-    cpu::walk_elements<typename Case::Format, Float32, Float32, true, true>(split_columns, h, 333, n);
-    cpu::walk_elements<typename Case::Nearest, Float32, Float32, true, true>(nearest_columns, h, 0, n);
+    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(columns, h, 0, n);
+    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(split_columns, h, 0, 333);
+    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(split_columns, h, 333, n);
+    cpu::walk_elements<typename Case::Nearest, Float32, Float32, Step>(nearest_columns, h, 0, n);
   }
   CHECK(whole == split);
+  // An average follows what was stored, not what was computed: its first step copies that.
+  group.has_ema = 1;
+  const Hyperparameters<float> averaging(group, Scalars{}, 0);
+  StochasticRecord record{1, 2, 200, 0};
+  std::vector<float> ema(n, unset_value(float()));
+  void* columns[] = {split.data(), &record, gradient.data(), split_b.data(), ema.data()};
+  cpu::walk_elements<typename Case::Format, Float32, Float32, cpu::Kind<true, true, false>>(columns, averaging, 0, n);
+  for (int64_t i = 0; i < n; ++i) CHECK(ema[i] == Case::value(split[i]));
   double mean = 0;
   for (const uint16_t bits : whole) mean += Case::value(bits) / static_cast<double>(n);
   for (const uint16_t bits : nearest) CHECK(Case::value(bits) == 1);  // stalled
