@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -46,8 +47,14 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build
 
 
-@pytest.mark.parametrize("test", ["formats", "blocks", "walk", "grid"])
+NATIVE_TESTS = ["formats", "blocks", "walk", "grid", "split", "master", "stochastic", "int8"]
+NATIVE_TESTS += [f"{test}_{isa}" for test in ("stochastic", "int8") for isa in ("avx2", "avx512")]
+
+
+@pytest.mark.parametrize("test", NATIVE_TESTS)
 def test_native(native_build: Path, test: str) -> None:
+    if "_avx" in test and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("not an instruction set of this machine's kind")
     result = run(native_build / f"test_{test}")
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -1,0 +1,107 @@
+// Momentum in 8 bits: codes from -127 to 127 and one fp32 scale for each kBlock elements, the block's largest magnitude
+// being 127. Half a scale is the error bound:
+//
+//   |decoded - x| <= scale * (1/2 + 2^-15)       scale = max(largest magnitude / 127, 2^-126), at most kLargestScale
+//
+// so a block of zeros is exact. (No scale is subnormal: its inverse stays finite, and nothing is lost where subnormals
+// are flushed to zero. And 127 of the largest are finite.) A block that holds an infinity or NaN becomes NaN as a
+// whole, lest the error seem to be gone. A block to which nothing was added yet has the rule's unset_value()
+// for its scale, and all of its elements decode to that, whatever their codes.
+#pragma once
+
+#include "column.h"
+
+namespace fused_sgd {
+
+inline constexpr float kSmallestScale = 0x1p-126f, kLargestScale = 0x1.020406p+121f;
+
+// Columns: the codes (int8), the scales (fp32, one a block). kBlockSize: a power of two, 16 or more.
+template <int kBlockSize>
+struct Int8Momentum {
+  using Acc = float;
+  static constexpr int kColumns = 2;
+  static constexpr int kBytes = 1;  // and 4 / kBlock
+  static constexpr int kBlock = kBlockSize;
+
+  Column<int8_t> codes;
+  float* scales;
+
+  FSGD_INLINE explicit Int8Momentum(void* const* columns)
+      : codes(columns[0]), scales(static_cast<float*>(columns[1])) {}
+
+  // What a block's elements have in common when they are loaded. Loops take it once a block.
+  FSGD_INLINE float open(int64_t block) const { return scales[block]; }
+  FSGD_INLINE float load(int64_t i, float scale) const { return decode(codes.data[i], scale); }
+  FSGD_INLINE float load(int64_t i) const { return load(i, open(i / kBlock)); }
+
+  // The largest magnitude as bits, which are ordered as magnitudes are, with infinities and NaNs above all others: the
+  // order of reduction makes no difference.
+  struct Reduction {
+    int32_t largest = 0;
+  };
+  FSGD_INLINE static void reduce(Reduction& reduction, float x) {
+    merge(reduction, {bit_cast<int32_t>(x) & 0x7FFFFFFF});
+  }
+  FSGD_INLINE static void merge(Reduction& reduction, Reduction other) {
+    reduction.largest = other.largest > reduction.largest ? other.largest : reduction.largest;
+  }
+
+  FSGD_INLINE void store(int64_t i, float x, Reduction reduction) const {
+    codes.data[i] = encode(x, inverse(reduction));
+  }
+  FSGD_INLINE void finish(int64_t block, Reduction reduction) const { scales[block] = scale(reduction); }
+
+  FSGD_INLINE uint32_t until_aligned() const { return codes.until_aligned(); }
+  FSGD_INLINE bool aligned(int64_t i) const { return codes.aligned(i); }
+  // n elements of one block.
+  template <int n>
+  struct Packed {
+    Column<int8_t>::Packed<n> code;
+    float scale;
+  };
+  template <int n>
+  FSGD_INLINE Packed<n> load_pack(int64_t i, bool wide) const {
+    return {codes.load_pack<n>(i, wide), open(i / kBlock)};
+  }
+  template <int n>
+  FSGD_INLINE static void unpack(const Packed<n>& pack, float (&x)[n]) {
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) x[k] = decode(pack.code.element[k], pack.scale);
+  }
+  template <int n>
+  FSGD_INLINE void store_pack(int64_t i, bool wide, const float (&x)[n], Reduction reduction) const {
+    typename Column<int8_t>::Packed<n> pack;
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) pack.element[k] = encode(x[k], inverse(reduction));
+    codes.store_pack(i, wide, pack);
+  }
+
+ private:
+  // A select and no product: what a product makes of a NaN's bits differs between processors.
+  FSGD_INLINE static float decode(int8_t code, float scale) {
+    return scale != scale ? scale : multiply(static_cast<float>(code), scale);
+  }
+
+  FSGD_INLINE static float scale(Reduction reduction) {
+    if (reduction.largest >= 0x7F800000) return bit_cast<float>(0x7FC00000u);
+    const float scale = divide(bit_cast<float>(reduction.largest), 127.0f);
+    return scale < kSmallestScale ? kSmallestScale : scale > kLargestScale ? kLargestScale : scale;
+  }
+  // Zero for a block that is NaN.
+  FSGD_INLINE static float inverse(Reduction reduction) {
+    return reduction.largest >= 0x7F800000 ? 0.0f : divide(1.0f, scale(reduction));
+  }
+
+  // Rounds to nearest even, where fp32 has a step of one; the code is then the lower byte. With an inverse of zero
+  // infinities and NaNs have any bits, and become 0.
+  FSGD_INLINE static int8_t encode(float x, float inverse) {
+    const uint32_t bits = bit_cast<uint32_t>(multiply(x, inverse) + 12582912.0f);
+    return static_cast<int8_t>(static_cast<uint8_t>(inverse == 0.0f ? 0u : bits));
+  }
+};
+
+// The block in use. Smaller ones are more exact and cost more bytes: benchmarks/int8_error.py.
+inline constexpr int kInt8Block = 64;
+using Int8 = Int8Momentum<kInt8Block>;
+
+}  // namespace fused_sgd

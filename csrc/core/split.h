@@ -1,0 +1,79 @@
+// fp32 in two columns of 16 bits: a bf16 parameter, which the model computes with, and the remainder, which only the
+// optimizer sees. Together they are the exact fp32 value.
+#pragma once
+
+#include "column.h"
+
+namespace fused_sgd {
+
+struct Split {
+  uint16_t high;  // bf16
+  int16_t low;    // what is missing, in units of fp32's last bit
+};
+
+// Rounds to nearest, ties away from zero. Not to even: the numbers that round to an even bf16 are 65,537, one more than
+// 16 bits tell apart. Signalling NaNs become quiet, lest cutting a NaN leave an infinity; nothing else changes.
+FSGD_INLINE Split round_split(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t high = x != x ? bits >> 16 | 0x40u : (bits + 0x8000u) >> 16;
+  return {static_cast<uint16_t>(high), static_cast<int16_t>(static_cast<uint16_t>(bits))};
+}
+
+FSGD_INLINE float join_split(Split split) {
+  const uint32_t high = static_cast<uint32_t>(split.high) << 16;
+  const uint32_t low = static_cast<uint32_t>(static_cast<int32_t>(split.low));
+  const uint32_t number = high + low, nan = high | (low & 0xFFFFu);
+  return bit_cast<float>((high & 0x7FFFFFFFu) > 0x7F800000u ? nan : number);
+}
+
+// Columns: the bf16 parameter, its remainder (int16). What was stored is what a load gives: only a signalling NaN would
+// change, and no arithmetic leaves one.
+struct SplitBFloat16 {
+  using Acc = float;
+  static constexpr int kColumns = 2;
+  static constexpr int kBytes = 4;
+  static constexpr int kBlock = 1;
+
+  Column<uint16_t> parameter;
+  Column<int16_t> remainder;
+
+  FSGD_INLINE explicit SplitBFloat16(void* const* columns) : parameter(columns[0]), remainder(columns[1]) {}
+  FSGD_INLINE float load(int64_t i) const { return join_split({parameter.data[i], remainder.data[i]}); }
+  FSGD_INLINE float store(int64_t i, float x) const {
+    const Split split = round_split(x);
+    parameter.data[i] = split.high;
+    remainder.data[i] = split.low;
+    return x;
+  }
+
+  FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }
+  FSGD_INLINE bool aligned(int64_t i) const { return parameter.aligned(i) && remainder.aligned(i); }
+  template <int n>
+  struct Packed {
+    Column<uint16_t>::Packed<n> high;
+    Column<int16_t>::Packed<n> low;
+  };
+  template <int n>
+  FSGD_INLINE Packed<n> load_pack(int64_t i, bool wide) const {
+    return {parameter.load_pack<n>(i, wide), remainder.load_pack<n>(i, wide)};
+  }
+  template <int n>
+  FSGD_INLINE static void unpack(const Packed<n>& pack, float (&x)[n]) {
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) x[k] = join_split({pack.high.element[k], pack.low.element[k]});
+  }
+  template <int n>
+  FSGD_INLINE void store_pack(int64_t i, bool wide, const float (&x)[n]) const {
+    Packed<n> pack;
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) {
+      const Split split = round_split(x[k]);
+      pack.high.element[k] = split.high;
+      pack.low.element[k] = split.low;
+    }
+    parameter.store_pack(i, wide, pack.high);
+    remainder.store_pack(i, wide, pack.low);
+  }
+};
+
+}  // namespace fused_sgd

@@ -1,0 +1,167 @@
+// bf16 and fp16 without master weights, rounded stochastically: up or down with the probabilities that make the
+// rounding right on average, so that updates below half a unit in the last place are not lost.
+//
+// Which random bits an element gets is fixed, so that any chunks, any instruction set and CUDA give the same result:
+//
+//   Philox4x32-10, key      word 0, 1 = the seed's lower and upper half
+//                  counter  word 0 = call's lower 32 bits
+//                           word 1 = call's next 16 bits | (step's bits 32 to 47) << 16
+//                           word 2 = step's lower 32 bits
+//                           word 3 = id's lower 32 bits
+//   bf16   element i takes call i / 8 and of its words, as little-endian memory, the 16-bit number i % 8
+//   fp16   element i takes call i / 4 and of its words the 32-bit number i % 4
+//
+// i is the logical element of the parameter, from 0.
+//
+// Such a format has, beside what formats.h asks for, kBatch: store_pack of so many elements, from a multiple of it on,
+// costs a fraction of as many single stores. (A power of two; every divisor of it will do as well, down to a call's.)
+#pragma once
+
+#include <bit>
+
+#include "column.h"
+#include "philox.h"
+
+namespace fused_sgd {
+
+// What a parameter's random bits depend on; it stands in memory, since only the device knows which steps it skipped.
+struct StochasticRecord {
+  uint64_t seed;
+  uint64_t id;    // of the parameter: two with the same seed and id round alike
+  uint64_t step;  // applied steps before this one
+  uint64_t unused;
+};
+static_assert(sizeof(StochasticRecord) == 32);
+
+// The random bits of one parameter's step. Draw: uint16_t or uint32_t, what an element takes.
+template <class Draw>
+class RandomBits {
+  static_assert(std::endian::native == std::endian::little);
+
+ public:
+  static constexpr uint32_t kBits = 8 * sizeof(Draw);
+  static constexpr int kPerCall = 128 / kBits;
+
+  FSGD_INLINE explicit RandomBits(const StochasticRecord& record)
+      : key_{{static_cast<uint32_t>(record.seed), static_cast<uint32_t>(record.seed >> 32)}},
+        step_(record.step),
+        id_(static_cast<uint32_t>(record.id)) {}
+
+  FSGD_INLINE Draw draw(int64_t i) const {
+    const PhiloxWords words = philox(counter(i), key_);
+    const auto bit = static_cast<uint32_t>(i % kPerCall) * kBits;
+    // Selects, where an index would put the words into memory.
+    const uint64_t low = words.word[0] | static_cast<uint64_t>(words.word[1]) << 32;
+    const uint64_t high = words.word[2] | static_cast<uint64_t>(words.word[3]) << 32;
+    return static_cast<Draw>((bit < 64 ? low : high) >> bit % 64);
+  }
+
+  // Of n elements from i on, a multiple of n.
+  template <int n>
+  struct Draws {
+    Draw draw[n];
+  };
+  template <int n>
+  FSGD_INLINE Draws<n> draws(int64_t i) const {
+    struct Calls {
+      PhiloxWords words[n / kPerCall];
+    } calls;
+    philox(counter(i), key_, calls.words);
+    return bit_cast<Draws<n>>(calls);
+  }
+
+ private:
+  FSGD_INLINE PhiloxWords counter(int64_t i) const {
+    const auto call = static_cast<uint64_t>(i) / kPerCall;
+    const uint64_t high = (call >> 32 & 0xFFFFu) | (step_ >> 32 & 0xFFFFu) << 16;
+    return {{static_cast<uint32_t>(call), static_cast<uint32_t>(high), static_cast<uint32_t>(step_), id_}};
+  }
+
+  PhiloxKey key_;
+  uint64_t step_;
+  uint32_t id_;
+};
+
+// Adds the random number to the bits that are cut off and lets the carry decide. An exact value has none and stays.
+// Beyond the largest finite value, where no neighbour is left to choose, it rounds to nearest even.
+FSGD_INLINE uint16_t round_stochastically_bfloat16(float x, uint16_t draw) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t nearest = float_to_bfloat16(x), random = (bits + draw) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F7F0000u ? nearest : random);
+}
+
+// The same in fp16, which cuts off 13 bits. Its subnormals have a fixed step of 2^-24: there the fraction of a step, to
+// 31 bits, and 31 random bits are added. (A fraction has more bits only below 2^-32.)
+FSGD_INLINE uint16_t round_stochastically_float16(float x, uint32_t draw) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = (magnitude - (112u << 23) + (draw >> 19)) >> 13;
+  const bool is_subnormal = magnitude < (113u << 23);
+  const float steps = bit_cast<float>(is_subnormal ? magnitude : 0u) * 16777216.0f;  // below 1024, exact
+  const auto whole = static_cast<int32_t>(steps);
+  const auto fraction = static_cast<int32_t>((steps - static_cast<float>(whole)) * 2147483648.0f);
+  const uint32_t subnormal = static_cast<uint32_t>(whole) + ((static_cast<uint32_t>(fraction) + (draw >> 1)) >> 31);
+  // Above 65504 to nearest, as float_to_float16() does.
+  const uint32_t infinite = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  const uint32_t large = magnitude < 0x477FF000u ? 0x7BFFu : infinite;  // 65520 is the tie with 2^16
+  const uint32_t random = is_subnormal ? subnormal : normal;
+  return static_cast<uint16_t>((magnitude > 0x477FE000u ? large : random) | sign);
+}
+
+// Columns: the narrow parameter, its StochasticRecord.
+template <class Draw, float (*kDecode)(uint16_t), uint16_t (*kRound)(float, Draw)>
+struct Stochastic {
+  using Acc = float;
+  static constexpr int kColumns = 2;
+  static constexpr int kBytes = 2;
+  static constexpr int kBlock = 1;
+  static constexpr int kBatch = 128;
+
+  Column<uint16_t> parameter;
+  RandomBits<Draw> random;
+
+  FSGD_INLINE explicit Stochastic(void* const* columns)
+      : parameter(columns[0]), random(*static_cast<const StochasticRecord*>(columns[1])) {}
+  FSGD_INLINE float load(int64_t i) const { return kDecode(parameter.data[i]); }
+  FSGD_INLINE float store(int64_t i, float x) const {
+    const uint16_t stored = kRound(x, random.draw(i));
+    parameter.data[i] = stored;
+    return kDecode(stored);
+  }
+
+  FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }
+  FSGD_INLINE bool aligned(int64_t i) const { return parameter.aligned(i); }
+  template <int n>
+  using Packed = Column<uint16_t>::Packed<n>;
+  template <int n>
+  FSGD_INLINE Packed<n> load_pack(int64_t i, bool wide) const {
+    return parameter.load_pack<n>(i, wide);
+  }
+  template <int n>
+  FSGD_INLINE static void unpack(const Packed<n>& pack, float (&x)[n]) {
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) x[k] = kDecode(pack.element[k]);
+  }
+  template <int n>
+  FSGD_INLINE void store_pack(int64_t i, bool wide, float (&x)[n]) const {
+    if (n % RandomBits<Draw>::kPerCall != 0 || i % n != 0) {  // a tensor that does not begin at a 16-byte boundary
+      FSGD_UNROLL
+      for (int k = 0; k < n; ++k) x[k] = store(i + k, x[k]);
+      return;
+    }
+    const auto draws = random.template draws<n>(i);
+    Packed<n> pack;
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) {
+      pack.element[k] = kRound(x[k], draws.draw[k]);
+      x[k] = kDecode(pack.element[k]);
+    }
+    parameter.store_pack(i, wide, pack);
+  }
+};
+
+using StochasticBFloat16 = Stochastic<uint16_t, bfloat16_to_float, round_stochastically_bfloat16>;
+using StochasticFloat16 = Stochastic<uint32_t, float16_to_float, round_stochastically_float16>;
+
+}  // namespace fused_sgd

@@ -1,0 +1,239 @@
+// Stochastic rounding: Philox's known answers, the layout of the bits, no bias, and what must never move. CMake
+// compiles this once per instruction set: each has its own way to call Philox many times.
+#include "core/stochastic.h"
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cpu/elements.h"
+
+using namespace fused_sgd;
+
+namespace {
+
+using Step = cpu::Kind<true, false, true>;  // with momentum, and nothing unusual
+
+bool same(PhiloxWords a, PhiloxWords b) {
+  return a.word[0] == b.word[0] && a.word[1] == b.word[1] && a.word[2] == b.word[2] && a.word[3] == b.word[3];
+}
+
+// The layout as stochastic.h writes it down, without its code.
+uint32_t documented_draw(const StochasticRecord& r, int64_t i, int bits) {
+  const auto call = static_cast<uint64_t>(i / (128 / bits));
+  const PhiloxWords counter{{static_cast<uint32_t>(call),
+                             static_cast<uint32_t>((call >> 32 & 0xFFFF) | (r.step >> 32 & 0xFFFF) << 16),
+                             static_cast<uint32_t>(r.step), static_cast<uint32_t>(r.id)}};
+  const PhiloxWords words = philox(counter, {{static_cast<uint32_t>(r.seed), static_cast<uint32_t>(r.seed >> 32)}});
+  const auto bit = static_cast<uint32_t>(i % (128 / bits) * bits);
+  const uint32_t word = words.word[bit / 32];
+  return bits == 32 ? word : word >> bit % 32 & 0xFFFF;
+}
+
+constexpr float kBelowInfinity = 3.4028235e38f;
+
+// What a format's element is rounded with, and to.
+struct BFloat16Case {
+  using Format = StochasticBFloat16;
+  using Nearest = BFloat16;
+  static constexpr int kBits = 16;
+  static constexpr float kLargest = 3.3895314e38f;
+  static constexpr uint16_t kInfinity = 0x7F80;
+  static uint16_t round(float x, uint32_t draw) {
+    return round_stochastically_bfloat16(x, static_cast<uint16_t>(draw));
+  }
+  static uint16_t nearest(float x) { return float_to_bfloat16(x); }
+  static float value(uint16_t bits) { return bfloat16_to_float(bits); }
+  static std::vector<float> samples() { return {1.001f, -3.1415927f, 1e-3f, 1e-39f, -2e-40f, 1.9999f, 3.385e38f}; }
+};
+struct Float16Case {
+  using Format = StochasticFloat16;
+  using Nearest = Float16;
+  static constexpr int kBits = 32;
+  static constexpr float kLargest = 65504;
+  static constexpr uint16_t kInfinity = 0x7C00;
+  static uint16_t round(float x, uint32_t draw) { return round_stochastically_float16(x, draw); }
+  static uint16_t nearest(float x) { return float_to_float16(x); }
+  static float value(uint16_t bits) { return float16_to_float(bits); }
+  static std::vector<float> samples() {
+    // from 6.1e-5 down subnormal: between the last two, among few bits, and below the least of them
+    return {1.0001f, -0.1f, 65500.5f, 6.1025e-05f, 1e-5f, -1.2345e-6f, 8e-8f, 3e-8f, 1e-9f};
+  }
+};
+
+template <class Case>
+int exactness() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    const float x = Case::value(half);
+    for (uint32_t draw : {0u, 1u, 0x7FFFFFFFu, 0x80000000u, 0xFFFFFFFFu, 0xFFFF0000u}) {
+      if (std::isnan(x)) {
+        CHECK(std::isnan(Case::value(Case::round(x, draw))));
+      } else {
+        CHECK(Case::round(x, draw) == half);
+      }
+    }
+  }
+  // Beyond the largest value as to nearest; below it never away to infinity.
+  for (float x = Case::kLargest; x < kBelowInfinity && x < 4 * Case::kLargest;
+       x = std::nextafter(x * (1 + 1e-6f), HUGE_VALF)) {
+    CHECK(Case::round(x, 0xFFFFFFFF) == Case::nearest(x));
+    CHECK(Case::round(-x, 0xFFFFFFFF) == Case::nearest(-x));
+  }
+  CHECK(Case::round(std::nextafter(Case::kLargest, 0.0f), 0xFFFFFFFF) == Case::kInfinity - 1);
+  CHECK(Case::round(std::nextafter(Case::kLargest, HUGE_VALF), 0xFFFFFFFF) == Case::kInfinity - 1);
+  CHECK(Case::round(kBelowInfinity, 0) == Case::kInfinity);
+  return failures;
+}
+
+template <class Case>
+int no_bias() {
+  const int64_t n = 1 << 20;
+  std::vector<uint16_t> rounded(n);
+  for (const float x : Case::samples()) {
+    StochasticRecord record{0x123456789ABCDEFull, 7, 0, 0};
+    void* columns[] = {rounded.data(), &record};
+    const typename Case::Format format(columns);
+    for (int64_t i = 0; i < n; i += 128) {
+      float batch[128];
+      for (float& b : batch) b = x;
+      format.store_pack(i, false, batch);
+    }
+
+    const float size = std::fabs(x);
+    uint16_t low = Case::nearest(size);
+    if (Case::value(low) > size) --low;
+    const double below = Case::value(low), above = Case::value(low + 1);
+    double sum = 0;
+    for (const uint16_t bits : rounded) {
+      CHECK((bits & 0x7FFF) == low || (bits & 0x7FFF) == low + 1);
+      CHECK(bits >> 15 == std::signbit(x));
+      sum += std::fabs(static_cast<double>(Case::value(bits))) - size;
+    }
+    const double fraction = (size - below) / (above - below);
+    const double standard_error = (above - below) * std::sqrt(fraction * (1 - fraction) / static_cast<double>(n));
+    CHECK(std::fabs(sum / static_cast<double>(n)) <= 4 * standard_error);
+  }
+  return failures;
+}
+
+template <class Case>
+int layout() {
+  std::mt19937 random(0);
+  std::normal_distribution<float> normal;
+  const int64_t n = 4096 + 77;
+  std::vector<float> x(n);
+  for (float& value : x) value = normal(random) * (random() % 2 ? 1.0f : 1e-6f);
+  // High halves of seed and step count, and elements on both sides of 2^34, where a call's number has 32 bits.
+  for (const StochasticRecord record : {StochasticRecord{0, 0, 0, 0}, StochasticRecord{1, 0, 0, 0},
+                                        StochasticRecord{uint64_t{5} << 32 | 9, 3, uint64_t{2} << 32 | 11, 0}}) {
+    StochasticRecord stored = record;
+    std::vector<uint16_t> expected(n), elements(n), packs(n), batches(n);
+    for (int64_t i = 0; i < n; ++i) expected[i] = Case::round(x[i], documented_draw(record, i, Case::kBits));
+    const auto format = [&stored](std::vector<uint16_t>& data) {
+      void* columns[] = {data.data(), &stored};
+      return typename Case::Format(columns);
+    };
+    for (int64_t i = 0; i < n; ++i) CHECK(format(elements).store(i, x[i]) == Case::value(expected[i]));
+    CHECK(elements == expected);
+    for (const int64_t head : {0, 3, 4}) {  // as a tensor's first elements before a boundary
+      std::fill(packs.begin(), packs.end(), uint16_t{0});
+      int64_t i = 0;
+      for (; i < head; ++i) format(packs).store(i, x[i]);
+      for (; i + 8 <= n; i += 8) {
+        float pack[8];
+        for (int k = 0; k < 8; ++k) pack[k] = x[i + k];
+        format(packs).store_pack(i, false, pack);
+        for (int k = 0; k < 8; ++k) CHECK(pack[k] == Case::value(expected[i + k]));
+      }
+      for (; i < n; ++i) format(packs).store(i, x[i]);
+      CHECK(packs == expected);
+    }
+    int64_t i = 0;
+    for (; i + 128 <= n; i += 128) {
+      float batch[128];
+      for (int k = 0; k < 128; ++k) batch[k] = x[i + k];
+      format(batches).store_pack(i, false, batch);
+      for (int k = 0; k < 128; ++k) CHECK(batch[k] == Case::value(expected[i + k]));
+    }
+    for (; i < n; ++i) format(batches).store(i, x[i]);
+    CHECK(batches == expected);
+
+    for (const int64_t far : {int64_t{0}, (int64_t{1} << 34) - 128, int64_t{1} << 35, int64_t{1} << 40}) {
+      void* columns[] = {batches.data(), &stored};
+      const auto draws = typename Case::Format(columns).random.template draws<128>(far);
+      for (int k = 0; k < 128; ++k) CHECK(draws.draw[k] == documented_draw(record, far + k, Case::kBits));
+    }
+  }
+  return failures;
+}
+
+// Steps of the CPU walk: the same however it is split; and progress where rounding to nearest stalls.
+template <class Case>
+int walks() {
+  const int64_t n = 1000;
+  Group group;
+  group.lr = 1e-5;
+  group.momentum = 0.9;
+  const Hyperparameters<float> h(group, Scalars{}, 0);
+  std::vector<float> gradient(n, 0.1f);
+  std::vector<uint16_t> whole(n, Case::nearest(1)), split = whole, nearest = whole;
+  std::vector<float> b(n), split_b = b, nearest_b = b;
+  for (uint64_t step = 0; step < 200; ++step) {
+    StochasticRecord record{1, 2, step, 0};
+    void* columns[] = {whole.data(), &record, gradient.data(), b.data()};
+    void* split_columns[] = {split.data(), &record, gradient.data(), split_b.data()};
+    void* nearest_columns[] = {nearest.data(), gradient.data(), nearest_b.data()};
+    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(columns, h, 0, n);
+    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(split_columns, h, 0, 333);
+    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(split_columns, h, 333, n);
+    cpu::walk_elements<typename Case::Nearest, Float32, Float32, Step>(nearest_columns, h, 0, n);
+  }
+  CHECK(whole == split);
+  // An average follows what was stored, not what was computed: its first step copies that.
+  group.has_ema = 1;
+  const Hyperparameters<float> averaging(group, Scalars{}, 0);
+  StochasticRecord record{1, 2, 200, 0};
+  std::vector<float> ema(n, unset_value(float()));
+  void* columns[] = {split.data(), &record, gradient.data(), split_b.data(), ema.data()};
+  cpu::walk_elements<typename Case::Format, Float32, Float32, cpu::Kind<true, true, false>>(columns, averaging, 0, n);
+  for (int64_t i = 0; i < n; ++i) CHECK(ema[i] == Case::value(split[i]));
+  double mean = 0;
+  for (const uint16_t bits : whole) mean += Case::value(bits) / static_cast<double>(n);
+  for (const uint16_t bits : nearest) CHECK(Case::value(bits) == 1);  // stalled
+  // In fp32: 200 steps of 1e-5 times a momentum that approaches 0.1 / (1 - 0.9).
+  CHECK(std::fabs(mean - (1 - 1e-5 * (200 - 9))) < 4e-4);
+  return failures;
+}
+
+// Not inlined into main(), which asks first whether it can run.
+[[gnu::noinline]] int run() {
+  // The known answers that Random123, the authors' library, comes with.
+  CHECK(same(philox({{0, 0, 0, 0}}, {{0, 0}}), {{0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8}}));
+  CHECK(same(philox({{~0u, ~0u, ~0u, ~0u}}, {{~0u, ~0u}}), {{0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD}}));
+  CHECK(same(philox({{0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344}}, {{0xA4093822, 0x299F31D0}}),
+             {{0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1}}));
+  exactness<BFloat16Case>();
+  exactness<Float16Case>();
+  no_bias<BFloat16Case>();
+  no_bias<Float16Case>();
+  layout<BFloat16Case>();
+  layout<Float16Case>();
+  walks<BFloat16Case>();
+  walks<Float16Case>();
+  std::printf("stochastic: %d failures\n", failures);
+  return failures;
+}
+
+}  // namespace
+
+int main() {
+#if defined(__AVX512F__)
+  if (!__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return std::puts("cannot run here"), 0;
+#elif defined(__AVX2__)
+  if (!__builtin_cpu_supports("avx2")) return std::puts("cannot run here"), 0;
+#endif
+  return run();
+}
