@@ -167,11 +167,13 @@ def set_case_grads(case: Case, params: list[Tensor], kinds: list[Kind], step: in
         victim[tuple(size // 2 for size in victim.shape)] = case.bad[step]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_every_combination_equals_the_reference(case: Case) -> None:
     """To the bit without a norm, else to rounding; every instruction set to the bit; gradients are not written."""
     normed = case.lars or case.whole["max_grad_norm"] is not None
+    # A complex gradient is divided by the scale to rounding only, and so is the norm that all are clipped by.
+    least = 2**-17 if any(kind.dtype == torch.complex64 for _, kinds in case.groups for kind in kinds) else 0.0
     reference, expected, kinds = make(case, fused=False)
     for step in range(3):
         set_case_grads(case, expected, kinds, step)
@@ -195,8 +197,9 @@ def test_every_combination_equals_the_reference(case: Case) -> None:
                 what = f"{key} of parameter {index}, {isa}"
                 assert a[key].dtype == b[key].dtype
                 if normed or p.is_complex():
-                    atol = CLOSE[p.dtype] * float(b[key].detach().abs().nan_to_num(0, 0, 0).max()) if p.numel() else 0
-                    close = torch.isclose(a[key], b[key], rtol=CLOSE[p.dtype], atol=atol, equal_nan=True)
+                    rtol = max(CLOSE[p.dtype], least)
+                    atol = rtol * float(b[key].detach().abs().nan_to_num(0, 0, 0).max()) if p.numel() else 0
+                    close = torch.isclose(a[key], b[key], rtol=rtol, atol=atol, equal_nan=True)
                     assert close.all(), what
                 else:
                     assert same_bits(a[key], b[key]), what

@@ -78,12 +78,7 @@ bool measure_tile(const Table& table, const Row& row, int64_t tile, double* grad
   const G grad(row.columns() + P::kColumns);
   const int64_t begin = tile << kLog2Tile;
   const int count = static_cast<int>(row.length - begin < kTile ? row.length - begin : kTile);
-  decltype(is_nonfinite(Acc())) nonfinite = 0;
-  const auto raw = [&](int i) {
-    const Acc g = static_cast<Acc>(grad.load(begin + i));
-    nonfinite |= is_nonfinite(g);
-    return g;
-  };
+  const auto raw = [&](int i) { return static_cast<Acc>(grad.load(begin + i)); };
   if (table.scalars.grad_scale != nullptr) {
     const Acc scale = static_cast<Acc>(*table.scalars.grad_scale);
     *grad_squares = tile_squares<Acc>(count, [&](int i) { return divide(raw(i), scale); });
@@ -93,6 +88,10 @@ bool measure_tile(const Table& table, const Row& row, int64_t tile, double* grad
   if (param_squares != nullptr) {
     *param_squares = tile_squares<Acc>(count, [&](int i) { return static_cast<Acc>(param.load(begin + i)); });
   }
+  // An element that is not finite makes the sum so, whatever it is divided by. So may finite ones that overflow.
+  if (is_nonfinite(*grad_squares) == 0) return false;
+  decltype(is_nonfinite(Acc())) nonfinite = 0;
+  for (int i = 0; i < count; ++i) nonfinite |= is_nonfinite(raw(i));
   return nonfinite != 0;
 }
 
