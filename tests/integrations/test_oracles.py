@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_a_checkpoint_of_timms_lars_loads() -> None:
         for p, q in zip(params, expected, strict=True):
             p.copy_(q)
     mine = FusedLARS(params, fused=True)
-    mine.load_state_dict(theirs.state_dict())
+    mine.load_state_dict(copy.deepcopy(theirs.state_dict()))  # as from a file: loading shares memory
     set_grads(params, expected, seed=1)
     mine.step()
     theirs.step()
