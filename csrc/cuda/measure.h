@@ -39,7 +39,7 @@ FSGD_INLINE T read_written(const T* value) {
 }
 #endif
 
-// The tree over 256 lanes, the result in memory.lanes[0]; three phases.
+// The tree over 256 lanes, the result in memory.lanes[0]; two phases.
 template <class Each>
 FSGD_INLINE void fold_lanes(BlockMemory& memory, Each each) {
   each([&](uint32_t thread) {
