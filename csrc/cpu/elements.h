@@ -76,23 +76,34 @@ void walk_blocks(void* const* columns, const Hyperparameters<typename P::Acc>& h
 }
 
 // The sum of squares of one tile, by the scheme of squares.h. load(i): element i of the tile, below `count`.
-template <class T, class Load>
-double tile_squares(int count, Load load) {
+// prefetch(i): element i of the tile after this one will be wanted. It is called with every 16th, in order: memory is
+// fastest when it is asked in its own order, and the lanes' order is another.
+template <class T, class Load, class Prefetch>
+double tile_squares(int count, Load load, Prefetch prefetch) {
+  constexpr int kStrip = 16;  // lanes that stay in registers while their pairs are added
   alignas(64) double lanes[kLanes] = {};
+  if (count == kTile) {
+    for (int strip = 0; strip < kLanes; strip += kStrip) {
+      double sums[kStrip] = {};
+#pragma GCC unroll 8
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int row = pair * 2 * kLanes + strip, done = 2 * (strip * kPairs + pair * kStrip);
+        prefetch(done);
+        prefetch(done + kStrip);
+        for (int lane = 0; lane < kStrip; ++lane) {
+          const T first = load(row + lane), second = load(row + lane + kLanes);
+          sums[lane] += square_pair(static_cast<double>(first), static_cast<double>(second));
+        }
+      }
+      for (int lane = 0; lane < kStrip; ++lane) lanes[strip + lane] = sums[lane];
+    }
+    return fold(lanes, kLanes);
+  }
   alignas(64) T padded[2 * kLanes];
-  for (int pair = 0; pair < kPairs; ++pair) {
-    const int begin = pair * 2 * kLanes;
-    if (begin >= count) break;
-    if (begin + 2 * kLanes <= count) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const T first = load(begin + lane), second = load(begin + lane + kLanes);
-        lanes[lane] += square_pair(static_cast<double>(first), static_cast<double>(second));
-      }
-    } else {
-      for (int i = 0; i < 2 * kLanes; ++i) padded[i] = begin + i < count ? load(begin + i) : T(0);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        lanes[lane] += square_pair(static_cast<double>(padded[lane]), static_cast<double>(padded[lane + kLanes]));
-      }
+  for (int begin = 0; begin < count; begin += 2 * kLanes) {
+    for (int i = 0; i < 2 * kLanes; ++i) padded[i] = begin + i < count ? load(begin + i) : T(0);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += square_pair(static_cast<double>(padded[lane]), static_cast<double>(padded[lane + kLanes]));
     }
   }
   return fold(lanes, kLanes);

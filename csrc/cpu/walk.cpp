@@ -70,6 +70,14 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
   }
 }
 
+// Where the tile after the one that begins at element `begin` lies, for tile_squares().
+template <class F>
+auto next_tile(void* const* columns, int64_t begin) {
+  return [data = static_cast<const char*>(columns[0]) + (begin + kTile) * F::kBytes](int i) {
+    __builtin_prefetch(data + i * F::kBytes);
+  };
+}
+
 // The sums of squares of one tile of a row.
 template <class P, class G, class M>
 bool measure_tile(const Table& table, const Row& row, int64_t tile, double* grad_squares, double* param_squares) {
@@ -79,14 +87,16 @@ bool measure_tile(const Table& table, const Row& row, int64_t tile, double* grad
   const int64_t begin = tile << kLog2Tile;
   const int count = static_cast<int>(row.length - begin < kTile ? row.length - begin : kTile);
   const auto raw = [&](int i) { return static_cast<Acc>(grad.load(begin + i)); };
+  const auto next_grad = next_tile<G>(row.columns() + P::kColumns, begin);
   if (table.scalars.grad_scale != nullptr) {
     const Acc scale = static_cast<Acc>(*table.scalars.grad_scale);
-    *grad_squares = tile_squares<Acc>(count, [&](int i) { return divide(raw(i), scale); });
+    *grad_squares = tile_squares<Acc>(count, [&](int i) { return divide(raw(i), scale); }, next_grad);
   } else {
-    *grad_squares = tile_squares<Acc>(count, raw);
+    *grad_squares = tile_squares<Acc>(count, raw, next_grad);
   }
   if (param_squares != nullptr) {
-    *param_squares = tile_squares<Acc>(count, [&](int i) { return static_cast<Acc>(param.load(begin + i)); });
+    const auto value = [&](int i) { return static_cast<Acc>(param.load(begin + i)); };
+    *param_squares = tile_squares<Acc>(count, value, next_tile<P>(row.columns(), begin));
   }
   // An element that is not finite makes the sum so, whatever it is divided by. So may finite ones that overflow.
   if (is_nonfinite(*grad_squares) == 0) return false;
