@@ -8,8 +8,9 @@ import torch
 from fused_sgd.reference import is_unset
 from torch import Tensor
 
-# State that keeps the dtype it was saved in. torch casts to the parameter's: an average would lose bits.
-_KEPT = ("ema",)
+# State that keeps the dtype it was saved in. torch casts to the parameter's: an average would lose bits, codes their
+# meaning. (What the options ask for is settled afterwards, by _precision.convert().)
+_KEPT = ("momentum_buffer", "momentum_codes", "momentum_scale", "master", "remainder", "rounding", "ema")
 
 
 class _AsSaved:
@@ -42,18 +43,26 @@ def unpack(state: dict[Any, Any]) -> None:
                 kept[key] = value.tensor.to(param.device)
 
 
-def holds_nothing(kept: Any) -> bool:
-    """Whether a parameter's state has a momentum buffer in which nothing was accumulated; waits for the GPU.
+def without_unset_momentum(kept: Any) -> Any:
+    """A parameter's state without a momentum in which nothing was accumulated; waits for the GPU.
 
     torch takes a buffer that is missing for a first step, and the NaN of one that is unset for a number. Buffers are
     unset as a whole, so one element tells.
     """
-    buffer = kept.get("momentum_buffer") if isinstance(kept, dict) else None
-    if type(buffer) is not Tensor or buffer.layout != torch.strided or not buffer.numel():
-        return False
-    if not (buffer.is_floating_point() or buffer.is_complex()):
-        return False
-    return bool(is_unset(buffer[(0,) * buffer.dim()]))
+    if not isinstance(kept, dict):
+        return kept
+    for tells, keys in (
+        ("momentum_buffer", ("momentum_buffer",)),
+        ("momentum_scale", ("momentum_codes", "momentum_scale")),
+    ):
+        tensor = kept.get(tells)
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.numel():
+            continue
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        if bool(is_unset(tensor[(0,) * tensor.dim()])):
+            kept = {key: value for key, value in kept.items() if key not in keys}
+    return kept
 
 
 class Shared:

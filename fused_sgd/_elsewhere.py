@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fused_sgd._judge import Group, gradient, state_tensor
-from fused_sgd._new_state import new_average
-from fused_sgd.reference import clip_coefficient, global_norm, is_unset, sgd_update, trust_ratio, unscaled
+from fused_sgd._dtensor import local, placed_like
+from fused_sgd._judge import gradient, state_tensor, state_tensors
+from fused_sgd._new_state import new_state
+from fused_sgd._precision import (
+    Group,
+    Storage,
+    from_blocks,
+    narrowed,
+    refresh_master,
+    round_stochastically,
+    storage,
+    to_blocks,
+)
+from fused_sgd._storage import split_join, split_round
+from fused_sgd.reference import average, clip_coefficient, global_norm, is_unset, sgd_update, trust_ratio, unscaled
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
@@ -37,38 +49,102 @@ def step_elsewhere(
             assert totals is not None
             clip = clip_coefficient(totals[0].sqrt(), options["max_grad_norm"])
         with torch.set_grad_enabled(bool(options["differentiable"])):
-            step = _by_torch if options["foreach"] else _by_reference
-            step(options, params, state, grad_scale, clip)
+            if options["foreach"]:
+                _by_torch(options, params, state, grad_scale, clip)
+                continue
+            for param in params:
+                if _is_sparse(param):
+                    _by_torch(options, [param], state, grad_scale, clip)
+                else:
+                    _add_new_state(groups, number, param, state)
+                    _by_reference(options, param, state, grad_scale, clip)
+
+
+def _add_new_state(groups: list[Group], number: int, param: Tensor, state: dict[Tensor, Any]) -> None:
+    """Puts there what the step needs and is not there yet.
+
+    But no momentum buffer like the parameter: sgd_update() makes it, through which autograd may have to run.
+    """
+    options = groups[number]
+    kept = storage(options, param)
+    for key, tensor in state_tensors(options, param, state).items():
+        plain = key == "momentum_buffer" and not kept.beside and kept.momentum_dtype == param.dtype
+        if tensor is None and not plain:
+            state[param][key] = new_state(key, param, groups, number)
+
+
+def _is_sparse(param: Tensor) -> bool:
+    return gradient(param).layout != torch.strided or param.layout != torch.strided
 
 
 def _by_reference(
-    options: Group, params: list[Tensor], state: dict[Tensor, Any], scale: float | Tensor | None, clip: Tensor | None
+    options: Group, param: Tensor, state: dict[Tensor, Any], scale: float | Tensor | None, clip: Tensor | None
 ) -> None:
-    for param in params:
-        grad = gradient(param)
-        if grad.layout != torch.strided or param.layout != torch.strided:
-            _by_torch(options, [param], state, scale, clip)
-            continue
-        average = None
-        if options["ema_decay"] is not None:
-            average = state_tensor(state, param, "ema")
-            if average is None:
-                average = state[param]["ema"] = new_average(param)
-        buffer = sgd_update(
-            param,
-            grad,
-            state_tensor(state, param, "momentum_buffer"),
-            grad_scale=scale,
-            clip_coefficient=None if clip is None else clip.to(param.device),
-            decoupled_weight_decay=options["decoupled_weight_decay"],
-            trust_ratio=_trust_ratio(options, param, grad, scale, clip),
-            lr_in_momentum=options.get("lr_in_momentum", False),
-            ema=average,
-            ema_decay=options["ema_decay"],
-            **{key: options[key] for key in _HYPERPARAMETERS},
-        )
-        if options["momentum"] != 0:
-            state[param]["momentum_buffer"] = buffer
+    grad = gradient(param)
+    kept = storage(options, param)
+    inner = state.get(param, {})
+    weights = _weights(param, inner, kept)
+    buffer, ema = _momentum(param, inner, kept), inner.get("ema")
+    new_buffer = sgd_update(
+        weights,
+        grad,
+        buffer,
+        grad_scale=scale,
+        clip_coefficient=None if clip is None else clip.to(param.device),
+        decoupled_weight_decay=options["decoupled_weight_decay"],
+        trust_ratio=_trust_ratio(options, weights, grad, scale, clip),
+        lr_in_momentum=options.get("lr_in_momentum", False),
+        **{key: options[key] for key in _HYPERPARAMETERS},
+    )
+    _store_weights(param, weights, inner, kept)
+    if ema is not None:
+        average(ema, weights if kept.has_master else param, options["ema_decay"])
+    if options["momentum"] != 0:
+        _store_momentum(param, new_buffer, state[param], kept)
+
+
+def _weights(param: Tensor, inner: dict[str, Any], kept: Storage) -> Tensor:
+    """What the update is computed on: the parameter itself, or a wider form of it."""
+    if not kept.beside:
+        return param
+    if kept.beside == "master":
+        refresh_master(param, inner["master"])
+        master: Tensor = inner["master"]
+        return master
+    p = local(param)
+    wide = split_join(p, local(inner["remainder"])) if kept.beside == "remainder" else p.to(torch.float32)
+    return placed_like(param, wide)
+
+
+def _store_weights(param: Tensor, weights: Tensor, inner: dict[str, Any], kept: Storage) -> None:
+    if not kept.beside:
+        return
+    p, w = local(param), local(weights)
+    if kept.beside == "master":
+        p.copy_(narrowed(w, p.dtype))
+    elif kept.beside == "remainder":
+        high, low = split_round(w)
+        p.copy_(high)
+        local(inner["remainder"]).copy_(low)
+    else:
+        p.copy_(round_stochastically(w, p, inner["rounding"]))
+        inner["rounding"][2] += 1
+
+
+def _momentum(param: Tensor, inner: dict[str, Any], kept: Storage) -> Tensor | None:
+    if kept.momentum_dtype != torch.int8:
+        buffer: Tensor | None = inner.get("momentum_buffer")
+        return buffer
+    return from_blocks(param, inner["momentum_codes"], inner["momentum_scale"]) if "momentum_codes" in inner else None
+
+
+def _store_momentum(param: Tensor, buffer: Tensor | None, inner: dict[str, Any], kept: Storage) -> None:
+    if kept.momentum_dtype != torch.int8:
+        inner["momentum_buffer"] = buffer
+        return
+    assert buffer is not None
+    for key, part in zip(("momentum_codes", "momentum_scale"), to_blocks(param, buffer), strict=True):
+        local(inner[key]).copy_(local(part))
 
 
 def _trust_ratio(

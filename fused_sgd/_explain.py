@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fused_sgd._judge import Group, choose, state_tensors
+from fused_sgd._judge import choose, state_tensors
+from fused_sgd._precision import Group, storage
 from torch import Tensor
 
 
@@ -49,20 +50,23 @@ def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
             path, reason, *_ = choose(group, param, param.grad, kept)
             if param.grad is None:
                 reason = f"provisional: no gradient yet{'; ' if reason else ''}{reason}"
-            key = (number, str(param.device), _dtypes(param, kept.get("momentum_buffer")), path, reason)
+            key = (number, str(param.device), _dtypes(group, param, kept.get("momentum_buffer")), path, reason)
             members.setdefault(key, []).append(names[index] if names else f"parameter {index}")
     return Explanation(
         Row(*key, parameters=len(found), names=tuple(found[:_SHOWN_NAMES])) for key, found in members.items()
     )
 
 
-def _dtypes(param: Tensor, buffer: Tensor | None) -> str:
+def _dtypes(options: Group, param: Tensor, buffer: Tensor | None) -> str:
     def short(dtype: torch.dtype) -> str:
         return str(dtype).removeprefix("torch.")
 
-    text = short(param.dtype)
+    kept = storage(options, param)
+    beside = {"master": " with float32 master", "remainder": " with 16-bit remainder", "rounding": " stochastic"}
+    text = short(param.dtype) + beside.get(kept.beside, "")
     if param.grad is not None and param.grad.dtype != param.dtype:
         text += f", gradient {short(param.grad.dtype)}"
-    if buffer is not None and buffer.dtype != param.dtype:
-        text += f", momentum {short(buffer.dtype)}"
+    momentum = kept.momentum_dtype if buffer is None else buffer.dtype
+    if options["momentum"] != 0 and momentum != param.dtype:
+        text += f", momentum {short(momentum)}"
     return text

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fused_sgd._native import C, why_missing
+from fused_sgd._precision import MASTER_WEIGHTS, MOMENTUM_DTYPES
 from torch import Tensor
 
 
@@ -89,9 +90,29 @@ def check_one_element(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number or a 1-element tensor, and is of shape {tuple(value.shape)}")
 
 
+def check_storage(options: dict[str, Any], where: str = "") -> None:
+    """Raises ValueError for storage formats that do not exist, RuntimeError for options that exclude each other."""
+    momentum, masters = options["momentum_dtype"], options["master_weights"]
+    if momentum is not None and momentum not in MOMENTUM_DTYPES:
+        raise ValueError(f"Invalid momentum_dtype: {momentum!r}; it must be None or of {MOMENTUM_DTYPES}{where}")
+    if masters is not None and masters not in MASTER_WEIGHTS:
+        raise ValueError(f"Invalid master_weights: {masters!r}; it must be None or of {MASTER_WEIGHTS}{where}")
+    if not isinstance(options["stochastic_rounding"], bool):
+        raise ValueError(f"Invalid stochastic_rounding: {options['stochastic_rounding']!r}; it must be a bool{where}")
+    if masters is not None and options["stochastic_rounding"]:
+        raise RuntimeError(
+            "`master_weights` and `stochastic_rounding` exclude each other: with master weights nothing is rounded"
+            f" away{where}"
+        )
+    for key in ("momentum_dtype", "master_weights", "stochastic_rounding"):
+        if options["differentiable"] and options[key] not in (None, False):
+            raise RuntimeError(f"`differentiable` does not support `{key}`{where}")
+
+
 def check_path(options: dict[str, Any]) -> None:
     """Raises RuntimeError for path options that exclude each other or cannot be honoured."""
     check_foreach(options)
+    check_storage(options)
     if not options["fused"]:
         return
     if options["differentiable"]:
@@ -106,7 +127,14 @@ def check_foreach(options: dict[str, Any], where: str = "") -> None:
     """Raises RuntimeError for options that torch's foreach implementation does not have."""
     if not options["foreach"]:
         return
-    for key in ("decoupled_weight_decay", "ema_decay", "trust_coeff"):
+    for key in (
+        "decoupled_weight_decay",
+        "ema_decay",
+        "trust_coeff",
+        "momentum_dtype",
+        "master_weights",
+        "stochastic_rounding",
+    ):
         value = options.get(key)
         if value is not None and value is not False:
             raise RuntimeError(f"`foreach=True` is torch's own implementation, which has no `{key}`{where}")

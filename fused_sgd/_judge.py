@@ -9,18 +9,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from fused_sgd._dtensor import dtensor, local
 from fused_sgd._hyperparameters import check_foreach
 from fused_sgd._native import C, why_missing
+from fused_sgd._precision import Group, format_name, scale_shape, storage, unsound_options
 from torch import Tensor
-
-Group = dict[str, Any]
 
 
 class Judgement(NamedTuple):
     path: str  # "kernel", "foreach" or "reference"
     reason: str  # why it is not the kernel, or how the kernel takes it; may be empty
     combination: int = -1  # the kernel's number for the storage formats
-    keys: tuple[tuple[str, int], ...] = ()  # of the state, and their columns in the kernel's table
+    keys: tuple[tuple[str, int, bool], ...] = ()  # of the state: column in the kernel's table, whether elementwise
+    is_copy: bool = False  # whether the parameter is a copy of its master
 
 
 def describe(tensor: Tensor) -> str:
@@ -55,7 +56,10 @@ def average_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def state_tensors(options: Group, param: Tensor, state: dict[Tensor, Any]) -> dict[str, Tensor | None]:
     """What a step with these options keeps of a parameter: by key, None where it is not there yet."""
-    keys = ["momentum_buffer"] if options["momentum"] != 0 else []
+    kept = storage(options, param)
+    keys = [kept.beside] if kept.beside else []
+    if options["momentum"] != 0:
+        keys += kept.momentum_keys
     if options["ema_decay"] is not None:
         keys.append("ema")
     return {key: state_tensor(state, param, key) for key in keys}
@@ -65,21 +69,6 @@ def gradient(param: Tensor) -> Tensor:
     """The gradient of a parameter that has one."""
     assert param.grad is not None
     return param.grad
-
-
-def dtensor(tensor: Tensor) -> Any:
-    """The tensor as a DTensor, or None."""
-    if type(tensor).__name__ != "DTensor":
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return tensor if type(tensor) is DTensor else None
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The memory a tensor stands for: its local shard for a DTensor, else itself."""
-    sharded = dtensor(tensor)
-    return tensor if sharded is None else sharded._local_tensor
 
 
 def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any]) -> Judgement:
@@ -124,17 +113,25 @@ def choose(options: Group, param: Tensor, grad: Tensor | None, kept: dict[str, T
     obstacle = _kernel_obstacle(tensors)
     if obstacle:
         return Judgement("reference", obstacle)
-    dtypes = [param.dtype if (tensor := tensors.get(role)) is None else tensor.dtype for role in _FORMATS]
-    combination = C.combination(*dtypes)
+    wanted = storage(options, param)
+    buffer = kept.get("momentum_buffer")
+    gradient_format = format_name(param.dtype if grad is None else grad.dtype)
+    momentum_format = format_name(wanted.momentum_dtype if buffer is None else buffer.dtype)
+    formats = (wanted.parameter, gradient_format, momentum_format)
+    is_complex = {tensor.is_complex() for tensor in (param, grad, buffer) if tensor is not None}
+    combination = C.combination(*formats) if len(is_complex) == 1 else -1
     if combination < 0:
-        return Judgement("reference", "there is no kernel for parameter {}, gradient {}, momentum {}".format(*dtypes))
+        return Judgement("reference", "there is no kernel for parameter {}, gradient {}, momentum {}".format(*formats))
     momentum_column, ema_column = C.state_columns(combination)
-    columns = {"momentum_buffer": momentum_column, "ema": ema_column}
-    keys = tuple((key, columns[key]) for key in kept)
-    return Judgement("kernel", _through_copies(tensors), combination, keys)
+    columns = {"momentum_buffer": momentum_column, "momentum_codes": momentum_column, "ema": ema_column}
+    columns |= {"momentum_scale": momentum_column + 1, "master": 1, "remainder": 1, "rounding": 1}
+    keys = tuple((key, columns[key], key in _ELEMENTWISE) for key in kept)
+    reason = "; ".join(filter(None, (_through_copies(tensors), wanted.note)))
+    return Judgement("kernel", reason, combination, keys, wanted.beside == "master")
 
 
-_FORMATS = ("parameter", "gradient", "momentum_buffer")
+# What has an element for each of the parameter's.
+_ELEMENTWISE = ("parameter", "gradient", "momentum_buffer", "momentum_codes", "master", "remainder", "ema")
 
 
 def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor | None]) -> str:
@@ -155,6 +152,8 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor
         return "neither ema_decay nor a trust ratio supports sparse gradients"
     if param.itemsize == 1:
         return f"there is no arithmetic in {param.dtype}"
+    if problem := unsound_options(options, param, grad):
+        return problem
     for role, tensor in (("it", param), *((f"its {key}", tensor) for key, tensor in kept.items())):
         if isinstance(tensor, Tensor) and tensor.is_inference() and not torch.is_inference_mode_enabled():
             return f"{role} is an inference tensor, which cannot be updated outside torch.inference_mode()"
@@ -170,19 +169,32 @@ def _unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str
     """What is wrong with a tensor of a parameter's state, or an empty string."""
     if not isinstance(tensor, Tensor):
         return f"its {key} is {tensor!r}, no tensor"
-    if tensor.shape != param.shape:
+    shape = {"momentum_scale": lambda: scale_shape(param), "rounding": lambda: torch.Size((4,))}
+    if tensor.shape != (shape[key]() if key in shape else param.shape):
         return f"its {key} has another shape ({describe(tensor)}); was it loaded from another model, or resized?"
     if tensor.device != param.device:
         return f"its {key} is on another device ({describe(tensor)})"
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_complex() != param.is_complex():
-        return f"its {key} has a dtype that cannot hold it ({describe(tensor)})"
-    if key == "ema" and tensor.dtype != average_dtype(param.dtype):
-        return f"its ema must be {average_dtype(param.dtype)} ({describe(tensor)})"
+    if key == "momentum_buffer":
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_complex() != param.is_complex():
+            return f"its {key} has a dtype that cannot hold it ({describe(tensor)})"
+    elif tensor.dtype != (dtype := _DTYPES.get(key, average_dtype(param.dtype))):
+        return f"its {key} must be {dtype} ({describe(tensor)})"
+    if key not in _ELEMENTWISE and not local(tensor).is_contiguous():
+        return f"its {key} is not contiguous ({describe(tensor)})"
     if tensor.is_sparse and not grad.is_sparse:
         return f"its {key} is sparse and its gradient is not; make it dense ({describe(tensor)})"
     if _shares_elements(tensor):
         return f"elements of its {key} share memory ({describe(tensor)})"
     return ""
+
+
+_DTYPES = {
+    "master": torch.float32,
+    "remainder": torch.int16,
+    "rounding": torch.int64,
+    "momentum_codes": torch.int8,
+    "momentum_scale": torch.float32,
+}
 
 
 def _shares_elements(tensor: Tensor) -> bool:
@@ -211,7 +223,7 @@ def _kernel_obstacle(tensors: dict[str, Tensor | None]) -> str:
             return f"the {role} is no ordinary tensor ({type(tensor).__name__}, {tensor.dtype})"
     sharded = dtensor(param)
     for role, tensor in tensors.items():
-        if tensor is None or role == "parameter":
+        if tensor is None or role in ("parameter", "rounding"):
             continue
         other = dtensor(tensor)
         if (sharded is None) != (other is None):
@@ -226,6 +238,6 @@ def _through_copies(tensors: dict[str, Tensor | None]) -> str:
     assert C is not None
     param = tensors["parameter"]
     assert param is not None
-    there = [(role, tensor) for role, tensor in tensors.items() if tensor is not None]
+    there = [(role, tensor) for role, tensor in tensors.items() if tensor is not None and role in _ELEMENTWISE]
     staged = [role for role, tensor in there if C.is_staged(local(param), local(tensor))]
     return f"{' and '.join(staged)} in other strides, through a copy" if staged else ""

@@ -7,35 +7,67 @@ import math
 from collections.abc import Iterator
 
 import torch
-from fused_sgd._judge import Group, average_dtype, local
+from fused_sgd._dtensor import local, placed_like
+from fused_sgd._judge import average_dtype
 from fused_sgd._native import C
+from fused_sgd._precision import Group, scale_shape, storage
+from fused_sgd._storage import int8_unset
 from fused_sgd.reference import fill_unset
 from torch import Tensor
 
 
-def new_momentum_buffer(param: Tensor, options: Group) -> Tensor:
-    """A momentum buffer, in the parameter's dtype and strides: all -0.0, or unset where that would not do.
+def new_state(key: str, param: Tensor, groups: list[Group], group: int) -> Tensor:
+    """What a parameter's state has under a key in the beginning.
+
+    Args:
+        key: one of ``state_tensors()``.
+        param: the parameter.
+        groups: the optimizer's param groups.
+        group: the number of the parameter's.
+    """
+    options = groups[group]
+    with torch.inference_mode(False), torch.no_grad(), _outside_capture(param.device):
+        if key == "momentum_buffer":
+            return _new_momentum_buffer(param, options)
+        if key == "ema":
+            return _unset(param, average_dtype(param.dtype))
+        if key == "master":
+            return param.detach().to(torch.float32)
+        if key == "remainder":
+            return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+        if key == "rounding":  # seed, number of the parameter, steps; see csrc/core/stochastic.h
+            return torch.tensor([0, _number(param, groups, group), 0, 0], dtype=torch.int64, device=param.device)
+        memory = local(param)
+        codes, scale = int8_unset(memory.shape, device=memory.device)
+        return placed_like(param, codes) if key == "momentum_codes" else placed_like(param, scale, scale_shape(param))
+
+
+def _number(param: Tensor, groups: list[Group], group: int) -> int:
+    """A parameter's number in the optimizer, counted over its groups."""
+    before = sum(len(earlier["params"]) for earlier in groups[:group])
+    return before + next(index for index, one in enumerate(groups[group]["params"]) if one is param)
+
+
+def _new_momentum_buffer(param: Tensor, options: Group) -> Tensor:
+    """A momentum buffer in the parameter's strides: all -0.0, or unset where that would not do.
 
     With -0.0 the formula of later steps gives what the first step must (b = d, to the bit: +0.0 would lose the sign of
     a zero), unless there is dampening or an unusual momentum. Either way a buffer whose first step never came is right.
     """
-    ordinary = options["dampening"] == 0 and 0 < options["momentum"] < math.inf
-    with torch.inference_mode(False), torch.no_grad(), _outside_capture(param.device):
-        buffer = torch.empty_like(param, requires_grad=False)
-        memory = local(buffer)
-        if ordinary:
-            (torch.view_as_real(memory.resolve_conj()) if memory.is_complex() else memory).fill_(-0.0)
-        else:
-            fill_unset(memory)
+    dtype = storage(options, param).momentum_dtype
+    if options["dampening"] != 0 or not 0 < options["momentum"] < math.inf:
+        return _unset(param, dtype)
+    buffer = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    memory = local(buffer)
+    (torch.view_as_real(memory.resolve_conj()) if memory.is_complex() else memory).fill_(-0.0)
     return buffer
 
 
-def new_average(param: Tensor) -> Tensor:
-    """A moving average of the parameter, unset: its first applied step copies."""
-    with torch.inference_mode(False), torch.no_grad(), _outside_capture(param.device):
-        average = torch.empty_like(param, dtype=average_dtype(param.dtype), requires_grad=False)
-        fill_unset(local(average))
-    return average
+def _unset(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor like the parameter, in which nothing was accumulated: its first applied step copies."""
+    tensor = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    fill_unset(local(tensor))
+    return tensor
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from fused_sgd._judge import Group, dtensor, local
+from fused_sgd._dtensor import dtensor, local
+from fused_sgd._precision import Group
 from fused_sgd.reference import any_nonfinite, global_norm
 from torch import Tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from fused_sgd.optimizer import FusedSGD
 from fused_sgd.reference import clip_coefficient, trust_ratio
 from torch import Tensor, nn
@@ -41,8 +42,9 @@ class FusedLARS(FusedSGD):
         always_adapt: whether parameters without weight decay adapt, too.
         lr_in_momentum: whether the momentum buffer accumulates what was multiplied by the learning rate, as in the
             paper and in MLPerf's reference; timm multiplies afterwards.
-        maximize, foreach, differentiable, fused, max_grad_norm, skip_nonfinite, ema_decay, norm_process_group: as for
-            :class:`FusedSGD`; gradient norms are taken after clipping. ``foreach=True`` is refused.
+        maximize, foreach, differentiable, fused, max_grad_norm, skip_nonfinite, momentum_dtype, master_weights,
+            stochastic_rounding, ema_decay, norm_process_group: as for :class:`FusedSGD`; gradient norms are taken after
+            clipping. ``foreach=True`` is refused.
         decoupled_weight_decay: refused; here because optimizers are rebuilt from their defaults.
 
     Raises:
@@ -71,6 +73,9 @@ class FusedLARS(FusedSGD):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        master_weights: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
         ema_decay: float | None = None,
         norm_process_group: Any = None,
     ) -> None:
@@ -92,6 +97,9 @@ class FusedLARS(FusedSGD):
             "decoupled_weight_decay": decoupled_weight_decay,
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
+            "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
             "ema_decay": ema_decay,
         }
         self._start(params, defaults, norm_process_group)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, overload
 
 import torch
-from fused_sgd._checkpoint import Shared, as_saved, holds_nothing, unpack
+from fused_sgd._checkpoint import Shared, as_saved, unpack, without_unset_momentum
 from fused_sgd._elsewhere import step_elsewhere
 from fused_sgd._explain import Explanation, explain
 from fused_sgd._hyperparameters import (
@@ -18,11 +20,13 @@ from fused_sgd._hyperparameters import (
     check_one_element,
     check_path,
     check_same,
+    check_storage,
 )
-from fused_sgd._judge import gradient, judge, place, state_tensor
+from fused_sgd._judge import Judgement, gradient, judge, place, state_tensor
 from fused_sgd._native import C
-from fused_sgd._new_state import new_average, new_momentum_buffer
+from fused_sgd._new_state import new_state
 from fused_sgd._norms import Reduce, make_reduce, squares
+from fused_sgd._precision import convert, refresh_master
 from fused_sgd._state import State
 from fused_sgd.reference import is_unset
 from torch import Tensor
@@ -37,9 +41,18 @@ else:
 
 
 # What decides HOW a group is stepped belongs to the running optimizer, not to a checkpoint.
-_PATH_KEYS = ("fused", "foreach", "differentiable", "ema_decay")
+_STORAGE_KEYS = ("momentum_dtype", "master_weights", "stochastic_rounding")
+_PATH_KEYS = ("fused", "foreach", "differentiable", "ema_decay", *_STORAGE_KEYS)
 # Keys that torch.optim.SGD does not have, and what they are when they are off: a checkpoint then goes without them.
-_OFF = {"decoupled_weight_decay": False, "max_grad_norm": None, "skip_nonfinite": False, "ema_decay": None}
+_OFF = {
+    "decoupled_weight_decay": False,
+    "max_grad_norm": None,
+    "skip_nonfinite": False,
+    "momentum_dtype": None,
+    "master_weights": None,
+    "stochastic_rounding": False,
+    "ema_decay": None,
+}
 
 
 class FusedSGD(Optimizer):
@@ -67,8 +80,18 @@ class FusedSGD(Optimizer):
         max_grad_norm: clips the gradients by their global L2 norm, over all groups and devices and after unscaling, as
             :func:`torch.nn.utils.clip_grad_norm_` does, but inside the step: gradients are not written.
         skip_nonfinite: whether a step is skipped, whole, when an element of a gradient is infinite or NaN.
-        ema_decay: keeps an exponential moving average of the parameters in their state, as ``ema``: float32, or float64
-            for float64 parameters. See :meth:`swap_ema`.
+        momentum_dtype: what the momentum buffer is kept in: ``torch.float32``, ``torch.bfloat16``, ``torch.float16``,
+            or ``torch.int8`` for 8-bit codes with a float32 scale for each 64 of them. ``None`` for the parameter's
+            dtype, or float32 where there are master weights. Parameters whose rows (along dimension 0) are not whole
+            blocks keep a wide buffer beside int8; :meth:`explain` names them.
+        master_weights: of bfloat16 and float16 parameters: ``torch.float32`` for a float32 master, of which the
+            parameter is a rounded copy; ``"split"``, for bfloat16, for a 16-bit remainder, which together with the
+            parameter is the exact float32 value. Both train to the same bits. Other parameters need none.
+        stochastic_rounding: whether bfloat16 and float16 parameters are rounded up or down at random, with the
+            probabilities that make the result right on average. The random numbers depend on the parameter's number
+            and its count of steps alone: runs repeat, and replicas stay equal.
+        ema_decay: keeps an exponential moving average of the parameters (of their masters, where there are any) in
+            their state, as ``ema``: float32, or float64 for float64 parameters. See :meth:`swap_ema`.
         norm_process_group: where parameters are plain tensors and each a shard, the processes over which norms and
             the decision to skip are taken. (DTensors need none.)
 
@@ -108,6 +131,9 @@ class FusedSGD(Optimizer):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        master_weights: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
         ema_decay: float | None = None,
         norm_process_group: Any = None,
     ) -> None:
@@ -124,6 +150,9 @@ class FusedSGD(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite,
+            "momentum_dtype": momentum_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
             "ema_decay": ema_decay,
         }
         self._start(params, defaults, norm_process_group)
@@ -333,17 +362,35 @@ class FusedSGD(Optimizer):
         """Judges parameters for the plan; all of them before the plan hears of any."""
         admissions = []
         for group, index in entries:
-            judgement = judge(self.param_groups, group, index, self.state)
+            judgement = self._judge(group, index)
             param = self.param_groups[group]["params"][index]
-            new = {}
-            for key, _ in judgement.keys:
-                if state_tensor(self.state, param, key) is None:
-                    options = self.param_groups[group]
-                    new[key] = new_average(param) if key == "ema" else new_momentum_buffer(param, options)
-            admissions.append((group, index, judgement.combination, judgement.keys, new or None))
+            new = {
+                key: new_state(key, param, self.param_groups, group)
+                for key, *_ in judgement.keys
+                if state_tensor(self.state, param, key) is None
+            }
+            admissions.append((group, index, judgement.combination, judgement.keys, judgement.is_copy, new or None))
         assert self._plan is not None
+        for group, index, *_, is_copy, _ in admissions:
+            if is_copy:
+                self._refresh(self.param_groups[group]["params"][index])
         for admission in admissions:
             self._plan.admit(*admission)
+
+    def _judge(self, group: int, index: int) -> Judgement:
+        """Judges a parameter whose state has, if need be, been brought into the formats that its group asks for."""
+        options = self.param_groups[group]
+        check_storage(options, f" (param group {group})")
+        param = options["params"][index]
+        kept = self.state.get(param)
+        if isinstance(kept, dict):
+            self._say_converted(convert(options, param, kept))
+        return judge(self.param_groups, group, index, self.state)
+
+    def _refresh(self, param: Tensor) -> None:
+        master = state_tensor(self.state, param, "master")
+        if master is not None:
+            refresh_master(param, master)
 
     def _judge_all(self) -> list[tuple[int, int]]:
         """Judges every parameter that has a gradient; for steps without a plan."""
@@ -357,7 +404,7 @@ class FusedSGD(Optimizer):
                     raise RuntimeError(f"{place(self.param_groups, group, index)} is in the optimizer twice")
                 seen.add(param)
                 if param.grad is not None:
-                    judge(self.param_groups, group, index, self.state)
+                    self._judge(group, index)
                     entries.append((group, index))
         return entries
 
@@ -419,6 +466,17 @@ class FusedSGD(Optimizer):
         if self._holds_averages:
             raise RuntimeError(f"{what} inside swap_ema(): the model holds the averages, not what is trained")
 
+    def refresh_master_weights(self) -> None:
+        """Takes over what was written into parameters behind autograd's back, by edits of ``.data``.
+
+        Everything else is seen by itself. Where a float32 master does not round to its parameter, it becomes the
+        parameter's value. (With ``master_weights="split"`` the parameter is a part of the master, and edits of it count
+        at once.)
+        """
+        for options in self.param_groups:
+            for param in options["params"]:
+                self._refresh(param)
+
     # --- Copies and checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -430,13 +488,16 @@ class FusedSGD(Optimizer):
                 if key in group and (group[key] is off or group[key] == off):
                     del group[key]
             for number in group["params"]:
-                if holds_nothing(state["state"].get(number)):
-                    kept = state["state"][number]
-                    state["state"][number] = {key: kept[key] for key in kept if key != "momentum_buffer"}
+                if number in state["state"]:
+                    state["state"][number] = without_unset_momentum(state["state"][number])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Like :meth:`torch.optim.Optimizer.load_state_dict`; options that decide the path stay the optimizer's own."""
+        """Like :meth:`torch.optim.Optimizer.load_state_dict`, but for options that decide how a step is done.
+
+        Those stay this optimizer's own. What was saved in another format than they ask for is converted, and a warning
+        says what.
+        """
         self._refuse_averages("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(lambda _, state: as_saved(state))
         try:
@@ -462,6 +523,8 @@ class FusedSGD(Optimizer):
                     group[key] = kept[key]
                 else:
                     group.setdefault(key, kept[key])
+        if running:
+            self._convert_all()
         if not running:
             self.norm_process_group = self.norm_process_group.it
             self._plan = None if C is None else C.Plan()
@@ -471,6 +534,20 @@ class FusedSGD(Optimizer):
             self._plan.forget()  # but not what a CUDA graph may have kept of it
         self._reduce = make_reduce(self.param_groups, self.norm_process_group)
         self.state = State(self._plan, self.state)
+
+    def _convert_all(self) -> None:
+        said: list[str] = []
+        for options in self.param_groups:
+            for param in options["params"]:
+                kept = self.state.get(param)
+                if isinstance(kept, dict):
+                    said += convert(options, param, kept)
+        self._say_converted(said)
+
+    @staticmethod
+    def _say_converted(said: list[str]) -> None:
+        for what, count in Counter(said).items():
+            warnings.warn(f"fused_sgd: converted {what}, of {count} parameters", stacklevel=4)
 
 
 def _on_gpu(value: Any) -> bool:

@@ -162,7 +162,7 @@ def sgd_update(
         param.copy_(_add(p, d, lr, sign=-1))
     if ema is not None:
         assert ema_decay is not None, "an average needs a decay"
-        _average(ema, param, ema_decay)
+        average(ema, param, ema_decay)
     if b is None:
         return momentum_buffer
     if momentum_buffer is not None:
@@ -183,7 +183,7 @@ def _accumulated(momentum_buffer: Tensor, d: Tensor, momentum: float, dampening:
     return torch.where(is_unset(momentum_buffer), d, b)
 
 
-def _average(ema: Tensor, param: Tensor, decay: float) -> None:
+def average(ema: Tensor, param: Tensor, decay: float) -> None:
     """Moves the average towards the parameter by :func:`torch.lerp`'s formula, in place.
 
     The formula is the one of :func:`torch.optim.swa_utils.get_ema_multi_avg_fn`, whose first step copies, too.

@@ -21,8 +21,7 @@ from support import assert_same, bits, copies, make_params, same_bits, seeded, s
 
 pytestmark = pytest.mark.usefixtures("device")
 
-SHAPES = [(1,), (7,), (4097,), (3, 5), (0,), (), (129, 65)]
-KEYS = ("momentum_buffer", "ema")
+SHAPES = [(1,), (7,), (4097,), (3, 5), (0,), (), (129, 65), (3, 64), (2, 3, 64), (67, 128)]
 # Of float32's eight roundings, or the one that a 16-bit format may make otherwise after a norm's last bit.
 CLOSE = {
     torch.float64: 2**-44,
@@ -71,6 +70,25 @@ class Kind(NamedTuple):
     late: int  # the first step in which it has a gradient
 
 
+# Options and the dtypes of parameters that they make sense for, beside float32.
+NARROW = [torch.bfloat16, torch.float16]
+STORAGE: list[tuple[dict[str, Any], list[torch.dtype]]] = [
+    ({}, [torch.float64, *NARROW, torch.complex64, torch.complex128]),
+    ({"momentum_dtype": torch.float32}, NARROW),
+    ({"momentum_dtype": torch.bfloat16}, [torch.bfloat16]),
+    ({"momentum_dtype": torch.int8}, NARROW),
+    ({"master_weights": "split"}, [torch.bfloat16]),
+    ({"master_weights": "split", "momentum_dtype": torch.int8}, [torch.bfloat16]),
+    ({"master_weights": "split", "momentum_dtype": torch.bfloat16}, [torch.bfloat16]),
+    ({"master_weights": torch.float32}, NARROW),
+    ({"master_weights": "float32", "momentum_dtype": torch.int8}, NARROW),
+    ({"master_weights": "float32", "momentum_dtype": torch.bfloat16}, [torch.bfloat16]),
+    ({"stochastic_rounding": True}, NARROW),
+    ({"stochastic_rounding": True, "momentum_dtype": torch.int8}, NARROW),
+    ({"stochastic_rounding": True, "momentum_dtype": torch.float32}, NARROW),
+]
+
+
 class Case(NamedTuple):
     lars: bool
     groups: list[tuple[dict[str, Any], list[Kind]]]
@@ -106,25 +124,27 @@ def group_options(draw: st.DrawFn, lars: bool) -> dict[str, Any]:
     return options
 
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
-KINDS = st.builds(
-    Kind,
-    st.sampled_from(SHAPES),
-    st.sampled_from(DTYPES),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from([0, 0, 0, 1]),
-)
+@st.composite
+def a_group(draw: st.DrawFn, lars: bool) -> tuple[dict[str, Any], list[Kind]]:
+    storage, dtypes = draw(st.sampled_from(STORAGE))
+    kinds = st.builds(
+        Kind,
+        st.sampled_from(SHAPES),
+        st.sampled_from([torch.float32, *dtypes]),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([0, 0, 0, 1]),
+    )
+    return {**draw(group_options(lars)), **storage}, draw(st.lists(kinds, min_size=1, max_size=3))
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     lars = draw(st.booleans())
-    groups = st.tuples(group_options(lars), st.lists(KINDS, min_size=1, max_size=3))
     scale = draw(st.sampled_from([None, 4.0, 3.0, 1024.0]))
     return Case(
         lars,
-        draw(st.lists(groups, min_size=1, max_size=3)),
+        draw(st.lists(a_group(lars), min_size=1, max_size=3)),
         {
             "max_grad_norm": draw(st.sampled_from([None, None, 0.1, 5.0, 1e6])),
             "skip_nonfinite": draw(st.booleans()),

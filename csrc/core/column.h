@@ -1,8 +1,7 @@
-// One column of a storage format: consecutive numbers in memory, accessed one by one or in packs. Formats that have
-// several columns are made of these.
+// One column of a storage format: consecutive numbers in memory, accessed one by one or in packs.
 #pragma once
 
-#include "formats.h"
+#include "arithmetic.h"
 
 namespace fused_sgd {
 

@@ -4,7 +4,12 @@
 // To support one more, add a line. A row's `combination` is the line's number, counted from 0.
 #pragma once
 
+#include <string_view>
+
 #include "formats.h"
+#include "int8.h"
+#include "master.h"
+#include "stochastic.h"
 
 //      X(parameter, gradient, momentum buffer)
 // clang-format off
@@ -25,12 +30,40 @@
   X(BFloat16, Float16,  BFloat16)    \
   X(Float16,  Float64,  Float16)     \
   X(Float16,  Float32,  Float16)     \
-  X(Float16,  BFloat16, Float16)
+  X(Float16,  BFloat16, Float16)     \
+  /* momentum in another format than the parameter */ \
+  X(Float32,  Float32,  BFloat16)    \
+  X(Float32,  Float32,  Float16)     \
+  X(Float32,  Float32,  Int8)        \
+  X(BFloat16, BFloat16, Float32)     \
+  X(BFloat16, Float32,  Float32)     \
+  X(BFloat16, BFloat16, Int8)        \
+  X(Float16,  Float16,  Float32)     \
+  X(Float16,  Float32,  Float32)     \
+  X(Float16,  Float16,  Int8)        \
+  /* master weights */ \
+  X(SplitBFloat16,  BFloat16, Float32)  \
+  X(SplitBFloat16,  Float32,  Float32)  \
+  X(SplitBFloat16,  BFloat16, BFloat16) \
+  X(SplitBFloat16,  BFloat16, Int8)     \
+  X(MasterBFloat16, BFloat16, Float32)  \
+  X(MasterBFloat16, Float32,  Float32)  \
+  X(MasterBFloat16, BFloat16, BFloat16) \
+  X(MasterBFloat16, BFloat16, Int8)     \
+  X(MasterFloat16,  Float16,  Float32)  \
+  X(MasterFloat16,  Float32,  Float32)  \
+  X(MasterFloat16,  Float16,  Float16)  \
+  X(MasterFloat16,  Float16,  Int8)     \
+  /* stochastic rounding */ \
+  X(StochasticBFloat16, BFloat16, BFloat16) \
+  X(StochasticBFloat16, BFloat16, Float32)  \
+  X(StochasticBFloat16, BFloat16, Int8)     \
+  X(StochasticFloat16,  Float16,  Float16)  \
+  X(StochasticFloat16,  Float16,  Float32)  \
+  X(StochasticFloat16,  Float16,  Int8)
 // clang-format on
 
 namespace fused_sgd {
-
-enum class Format : uint8_t { Float64, Float32, BFloat16, Float16 };
 
 // The lines' numbers by name: Line_Float32_Float32_Float32 is 0.
 enum Line : int {
@@ -39,13 +72,19 @@ enum Line : int {
 #undef FSGD_LINE
 };
 
+template <class P>
+constexpr bool counts_steps() {
+  return requires(void* const* columns) { P::count_step(columns); };
+}
+
 struct Combination {
-  Format parameter;
-  Format gradient;
-  Format momentum;
+  const char* parameter;  // the formats' names
+  const char* gradient;
+  const char* momentum;
   int8_t parameter_columns;
   int8_t momentum_columns;
   bool computed_in_double;
+  bool counts_steps;
 
   constexpr int gradient_column() const { return parameter_columns; }
   constexpr int momentum_column() const { return parameter_columns + 1; }
@@ -53,7 +92,7 @@ struct Combination {
 };
 
 inline constexpr Combination kCombinations[] = {
-#define FSGD_COMBINATION(P, G, M) {Format::P, Format::G, Format::M, P::kColumns, M::kColumns, sizeof(P::Acc) == 8},
+#define FSGD_COMBINATION(P, G, M) {#P, #G, #M, P::kColumns, M::kColumns, sizeof(P::Acc) == 8, counts_steps<P>()},
     FSGD_COMBINATIONS(FSGD_COMBINATION)
 #undef FSGD_COMBINATION
 };
@@ -61,12 +100,28 @@ inline constexpr Combination kCombinations[] = {
 inline constexpr int kCombinationCount = sizeof(kCombinations) / sizeof(kCombinations[0]);
 
 // The line's number, or -1 when the combination is not supported.
-constexpr int find_combination(Format parameter, Format gradient, Format momentum) {
+constexpr int find_combination(std::string_view parameter, std::string_view gradient, std::string_view momentum) {
   for (int i = 0; i < kCombinationCount; ++i) {
     const Combination& c = kCombinations[i];
     if (c.parameter == parameter && c.gradient == gradient && c.momentum == momentum) return i;
   }
   return -1;
+}
+
+template <class P>
+FSGD_INLINE void count_step_of(void* const* columns) {
+  if constexpr (counts_steps<P>()) P::count_step(columns);
+}
+
+// After a step of one row that was not skipped.
+FSGD_INLINE void count_step(int combination, void* const* columns) {
+  switch (combination) {
+#define FSGD_COUNT_STEP(P, G, M) \
+  case Line_##P##_##G##_##M:     \
+    return count_step_of<P>(columns);
+    FSGD_COMBINATIONS(FSGD_COUNT_STEP)
+#undef FSGD_COUNT_STEP
+  }
 }
 
 }  // namespace fused_sgd

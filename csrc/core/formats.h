@@ -3,26 +3,36 @@
 // A format is a small class made from its column pointers, with
 //   Acc                     the accumulation type its elements are computed in
 //   kColumns                how many pointers of a table row it takes
-//   kBytes                  bytes an element, over all its columns
+//   kBytes                  bytes an element, over the columns of which every element has its part
 //   kBlock                  how many consecutive elements are stored together: 1, or the size of a scale block
 //   load(i) -> Acc          element i
-//   store(i, x) -> Acc      element i, rounded to nearest even once, when kBlock == 1; what a load would now give
+//   store(i, x) -> Acc      element i, rounded once, when kBlock == 1; what a load would now give
 //   until_aligned()         how many elements lie before the first 16-byte boundary
 //   aligned(i)              whether element i lies on one
-//   Packed<n>               n elements as they are stored; n * kBytes is a multiple of 16
-//   load_pack<n>(i, wide)   elements i to i + n - 1 as Packed<n>; wide: with 16-byte accesses, element i being aligned
+//   Packed<n>               n elements as they are stored
+//   load_pack<n>(i, wide)   elements i to i + n - 1 as Packed<n>; wide: in as few accesses as can be, element i being
+//                           aligned
 //   unpack(packed, x[n])    their values
 //   store_pack(i, wide, x)  n elements, rounded; x becomes what a load would now give
-// and, when kBlock > 1, instead of store(i, x)
-//   Reduction               what a block's store needs to know of all its elements (a largest magnitude, say)
+// and, when kBlock > 1, instead of store(i, x) and that store_pack
+//   open(block) -> Common   what a block's elements have in common; `block` counts from logical element 0
+//   load(i, common) -> Acc  element i of that block
+//   Reduction               4 bytes: what a block's store needs to know of all its elements (a largest magnitude, say)
 //   reduce(Reduction&, x)   folds one new value in
+//   merge(Reduction&, r)    folds another reduction in; in any order
 //   store(i, x, reduction)  element i, once its whole block was reduced
-//   finish(block, reduction)  what is stored once a block (its scale); `block` counts from logical element 0
+//   store_pack(i, wide, x, reduction)  n elements of one block
+//   finish(block, reduction)  what is stored once a block (its scale)
+// Tensors in such a format are whole blocks. Only a momentum buffer may have one.
 //
-// A new format is a class here and its lines in combinations.h.
+// A parameter's format may also have
+//   kBatch                  store_pack of so many elements, from a multiple of it on, is much cheaper than single ones
+//   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
+//
+// A new format is a class and its lines in combinations.h.
 #pragma once
 
-#include "arithmetic.h"
+#include "column.h"
 
 namespace fused_sgd {
 
@@ -63,13 +73,6 @@ FSGD_INLINE uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-// What one thread of a GPU moves at a time: 16 bytes, or a multiple.
-template <class Element, int n>
-struct alignas(16) Pack {
-  static_assert(n * sizeof(Element) % 16 == 0);
-  Element element[n];
-};
-
 // A format whose element is one number in one column.
 template <class Element, class AccType, AccType (*kDecode)(Element), Element (*kEncode)(AccType)>
 struct Plain {
@@ -78,29 +81,23 @@ struct Plain {
   static constexpr int kBytes = sizeof(Element);
   static constexpr int kBlock = 1;
 
-  Element* data;
+  Column<Element> column;
 
-  FSGD_INLINE explicit Plain(void* const* columns) : data(static_cast<Element*>(columns[0])) {}
-  FSGD_INLINE Acc load(int64_t i) const { return kDecode(data[i]); }
+  FSGD_INLINE explicit Plain(void* const* columns) : column(columns[0]) {}
+  FSGD_INLINE Acc load(int64_t i) const { return kDecode(column.data[i]); }
   FSGD_INLINE Acc store(int64_t i, Acc x) const {
     const Element stored = kEncode(x);
-    data[i] = stored;
+    column.data[i] = stored;
     return kDecode(stored);
   }
 
-  FSGD_INLINE uint32_t until_aligned() const {
-    return static_cast<uint32_t>(-reinterpret_cast<uintptr_t>(data) % 16 / sizeof(Element));
-  }
-  FSGD_INLINE bool aligned(int64_t i) const { return reinterpret_cast<uintptr_t>(data + i) % 16 == 0; }
+  FSGD_INLINE uint32_t until_aligned() const { return column.until_aligned(); }
+  FSGD_INLINE bool aligned(int64_t i) const { return column.aligned(i); }
   template <int n>
-  using Packed = Pack<Element, n>;
+  using Packed = typename Column<Element>::template Packed<n>;
   template <int n>
   FSGD_INLINE Packed<n> load_pack(int64_t i, bool wide) const {
-    if (wide) return *reinterpret_cast<const Packed<n>*>(data + i);
-    Packed<n> pack;
-    FSGD_UNROLL
-    for (int k = 0; k < n; ++k) pack.element[k] = data[i + k];
-    return pack;
+    return column.template load_pack<n>(i, wide);
   }
   template <int n>
   FSGD_INLINE static void unpack(const Packed<n>& pack, Acc (&x)[n]) {
@@ -115,12 +112,7 @@ struct Plain {
       pack.element[k] = kEncode(x[k]);
       x[k] = kDecode(pack.element[k]);
     }
-    if (wide) {
-      *reinterpret_cast<Packed<n>*>(data + i) = pack;
-    } else {
-      FSGD_UNROLL
-      for (int k = 0; k < n; ++k) data[i + k] = pack.element[k];
-    }
+    column.store_pack(i, wide, pack);
   }
 };
 

@@ -109,9 +109,14 @@ FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words) 
 }  // namespace lanes
 #endif
 
-// n calls, whose counters follow each other; their first words must not wrap around between them.
-template <int n>
-FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords (&words)[n]) {
+// n calls, whose counters follow each other; their first words must not wrap around between them. On a CPU it is not
+// inlined, being long, and static, so that no instruction set's copy is linked in place of another's.
+#if defined(__CUDACC__)
+FSGD_INLINE
+#else
+[[maybe_unused]] __attribute__((noinline)) static
+#endif
+void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words, int n) {
   int call = 0;
 #if defined(FSGD_PHILOX_LANES)
   for (; call + lanes::kCalls <= n; call += lanes::kCalls) {

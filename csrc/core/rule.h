@@ -66,6 +66,7 @@ struct Scalars {
   const double* row_squares = nullptr;  // sums of squares of each row's parameter and gradient, for LARS
   double max_grad_norm = 0;             // 0: gradients are not clipped
   int64_t* skipped_steps = nullptr;     // counts them, on a GPU; a CPU's step is skipped before it begins
+  uint32_t* ticket = nullptr;           // on a GPU, where steps are counted: which block is the last; 0 in between
   uint32_t skip_nonfinite = 0;
   uint32_t unused = 0;
 };

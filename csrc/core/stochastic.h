@@ -12,14 +12,11 @@
 //   fp16   element i takes call i / 4 and of its words the 32-bit number i % 4
 //
 // i is the logical element of the parameter, from 0.
-//
-// Such a format has, beside what formats.h asks for, kBatch: store_pack of so many elements, from a multiple of it on,
-// costs a fraction of as many single stores. (A power of two; every divisor of it will do as well, down to a call's.)
 #pragma once
 
 #include <bit>
 
-#include "column.h"
+#include "formats.h"
 #include "philox.h"
 
 namespace fused_sgd {
@@ -48,7 +45,8 @@ class RandomBits {
         id_(static_cast<uint32_t>(record.id)) {}
 
   FSGD_INLINE Draw draw(int64_t i) const {
-    const PhiloxWords words = philox(counter(i), key_);
+    PhiloxWords words;
+    philox(counter(i), key_, &words, 1);
     const auto bit = static_cast<uint32_t>(i % kPerCall) * kBits;
     // Selects, where an index would put the words into memory.
     const uint64_t low = words.word[0] | static_cast<uint64_t>(words.word[1]) << 32;
@@ -66,7 +64,7 @@ class RandomBits {
     struct Calls {
       PhiloxWords words[n / kPerCall];
     } calls;
-    philox(counter(i), key_, calls.words);
+    philox(counter(i), key_, calls.words, n / kPerCall);
     return bit_cast<Draws<n>>(calls);
   }
 
@@ -116,13 +114,14 @@ struct Stochastic {
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 2;
   static constexpr int kBlock = 1;
-  static constexpr int kBatch = 128;
+  static constexpr int kBatch = 128;  // every divisor of it will do as well, down to a call's
 
   Column<uint16_t> parameter;
   RandomBits<Draw> random;
 
   FSGD_INLINE explicit Stochastic(void* const* columns)
       : parameter(columns[0]), random(*static_cast<const StochasticRecord*>(columns[1])) {}
+  FSGD_INLINE static void count_step(void* const* columns) { ++static_cast<StochasticRecord*>(columns[1])->step; }
   FSGD_INLINE float load(int64_t i) const { return kDecode(parameter.data[i]); }
   FSGD_INLINE float store(int64_t i, float x) const {
     const uint16_t stored = kRound(x, random.draw(i));

@@ -89,6 +89,14 @@ inline double add_up_total(const Table& table, const double* row_squares) {
   return table.row_count == 0 ? 0 : fold_strided(row_squares + 1, table.row_count, 2);
 }
 
+// After a step that was not skipped: rows begin, begin + stride, … whose format counts steps.
+FSGD_INLINE void count_steps(const Table& table, uint32_t begin, uint32_t stride) {
+  for (uint32_t i = begin; i < table.row_count; i += stride) {
+    const Row& row = table.row(i);
+    count_step(static_cast<int>(row.combination()), row.columns());
+  }
+}
+
 // Packs a table. Its memory is kept between steps, so packing again allocates nothing.
 class TablePacker {
  public:
@@ -101,6 +109,7 @@ class TablePacker {
     chunks_ = 0;
     elements_ = 0;
     only_combination_ = -1;
+    counts_steps_ = false;
     restart_groups();
   }
 
@@ -127,6 +136,7 @@ class TablePacker {
       throw std::length_error("the parameters of one step have more than 2^32 chunks");
     }
     elements_ += length;
+    counts_steps_ = counts_steps_ || kCombinations[combination].counts_steps;
     if (row_count_ == 0) {
       only_combination_ = static_cast<int>(combination);
     } else if (only_combination_ != static_cast<int>(combination)) {
@@ -168,6 +178,8 @@ class TablePacker {
 
   // Whether some group has an average.
   bool has_ema() const { return has_ema_; }
+  // Whether some row's format counts steps.
+  bool counts_steps() const { return counts_steps_; }
   // The combination that all rows have, or -1 when they differ.
   int only_combination() const { return only_combination_; }
 
@@ -190,6 +202,7 @@ class TablePacker {
   int64_t elements_ = 0;
   int only_combination_ = -1;
   bool has_ema_ = false;
+  bool counts_steps_ = false;
 };
 
 }  // namespace fused_sgd

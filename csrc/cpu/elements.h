@@ -23,6 +23,17 @@ bool is_usual(const Hyperparameters<T>& h) {
          h.trust_ratio == T(1);
 }
 
+// The hyperparameters with what the kind settles written out, for the compiler to see.
+template <class K, class T>
+FSGD_INLINE Hyperparameters<T> narrowed(Hyperparameters<T> h) {
+  h.has_momentum = K::kMomentum;
+  if constexpr (K::kUsual) {
+    h.has_grad_scale = h.nesterov = false;
+    h.grad_factor = h.decay_factor = h.trust_ratio = T(1);
+  }
+  return h;
+}
+
 // Elements [begin, end) of one tensor, where every format stores each element by itself.
 template <class P, class G, class M, class K>
 void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
@@ -32,12 +43,7 @@ void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>&
   const G grad(columns + P::kColumns);
   const M momentum(columns + P::kColumns + G::kColumns);
   Acc* ema = K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
-  Hyperparameters<Acc> h = hyperparameters;
-  h.has_momentum = K::kMomentum;
-  if constexpr (K::kUsual) {
-    h.has_grad_scale = h.nesterov = false;
-    h.grad_factor = h.decay_factor = h.trust_ratio = Acc(1);
-  }
+  const Hyperparameters<Acc> h = narrowed<K>(hyperparameters);
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     Acc p = param.load(i);
@@ -49,30 +55,69 @@ void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>&
   }
 }
 
-// The same where the momentum is stored in blocks: load -> rule -> reduce over the block -> store. Ranges begin at a
-// block's first element, because chunks are multiples of every block.
-template <class P, class G, class M>
-void walk_blocks(void* const* columns, const Hyperparameters<typename P::Acc>& h, int64_t begin, int64_t end) {
+// How many elements a format wants to store together, for other reasons than the hardware's.
+template <class F>
+constexpr int batch_of() {
+  if constexpr (requires { F::kBatch; }) return F::kBatch;
+  return F::kBlock;
+}
+
+// The same where some format stores elements together: load -> rule -> reduce over the block -> store. Ranges begin at
+// a batch's first element, because chunks are multiples of every batch; and tensors in blocks are whole blocks.
+template <class P, class G, class M, class K>
+void walk_batches(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
+                  int64_t end) {
   using Acc = typename P::Acc;
+  constexpr int kBatch = batch_of<P>() > batch_of<M>() ? batch_of<P>() : batch_of<M>();
   const P param(columns);
   const G grad(columns + P::kColumns);
   const M momentum(columns + P::kColumns + G::kColumns);
-  Acc* ema = static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]);
-  for (int64_t block = begin; block < end; block += M::kBlock) {
-    const int64_t count = end - block < M::kBlock ? end - block : M::kBlock;
-    Acc values[M::kBlock];
-    typename M::Reduction reduction{};
-    for (int64_t i = 0; i < count; ++i) {
-      Acc p = param.load(block + i);
-      values[i] = momentum.load(block + i);
-      update(h, static_cast<Acc>(grad.load(block + i)), p, values[i]);
-      p = param.store(block + i, p);
-      M::reduce(reduction, values[i]);
-      if (h.has_ema) average(h, p, ema[block + i]);
+  Acc* ema = K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
+  const Hyperparameters<Acc> h = narrowed<K>(hyperparameters);
+  alignas(64) Acc p[kBatch];
+  alignas(64) Acc b[kBatch];
+  const auto each_block = [](int count, auto f) __attribute__((always_inline)) {
+    for (int first = 0; first < count; first += M::kBlock) f(first);
+  };
+  const auto batch = [&](int64_t i, int count) __attribute__((always_inline)) {
+    if constexpr (K::kMomentum && M::kBlock == 1) {
+      for (int k = 0; k < count; ++k) b[k] = momentum.load(i + k);
+    } else if constexpr (K::kMomentum) {
+      each_block(count, [&](int first) __attribute__((always_inline)) {
+        const auto common = momentum.open((i + first) / M::kBlock);
+        for (int k = first; k < first + M::kBlock; ++k) b[k] = momentum.load(i + k, common);
+      });
     }
-    for (int64_t i = 0; i < count; ++i) momentum.store(block + i, values[i], reduction);
-    momentum.finish(block / M::kBlock, reduction);
-  }
+    for (int k = 0; k < count; ++k) {
+      Acc none = 0;
+      p[k] = param.load(i + k);
+      update(h, static_cast<Acc>(grad.load(i + k)), p[k], K::kMomentum ? b[k] : none);
+    }
+    if constexpr (batch_of<P>() > 1) {
+      if (count == kBatch) {
+        param.store_pack(i, false, p);
+      } else {
+        for (int k = 0; k < count; ++k) p[k] = param.store(i + k, p[k]);
+      }
+    } else {
+      for (int k = 0; k < count; ++k) p[k] = param.store(i + k, p[k]);
+    }
+    if constexpr (K::kMomentum && M::kBlock == 1) {
+      for (int k = 0; k < count; ++k) momentum.store(i + k, b[k]);
+    } else if constexpr (K::kMomentum) {
+      each_block(count, [&](int first) __attribute__((always_inline)) {
+        typename M::Reduction reduction{};
+        for (int k = first; k < first + M::kBlock; ++k) M::reduce(reduction, b[k]);
+        for (int k = first; k < first + M::kBlock; ++k) momentum.store(i + k, b[k], reduction);
+        momentum.finish((i + first) / M::kBlock, reduction);
+      });
+    }
+    if constexpr (K::kEma) {
+      for (int k = 0; k < count; ++k) average(h, p[k], ema[i + k]);
+    }
+  };
+  for (; begin + kBatch <= end; begin += kBatch) batch(begin, kBatch);
+  if (begin < end) batch(begin, static_cast<int>(end - begin));
 }
 
 // The sum of squares of one tile, by the scheme of squares.h. load(i): element i of the tile, below `count`.

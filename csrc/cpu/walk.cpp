@@ -23,22 +23,25 @@ FSGD_INLINE void prefetch_row(const Row& row) {
 template <class P, class G, class M>
 using WalkElements = void (*)(void* const*, const Hyperparameters<typename P::Acc>&, int64_t, int64_t);
 
+template <class P, class G, class M, bool kMomentum, bool kEma, bool kUsual>
+constexpr WalkElements<P, G, M> walk_of() {
+  static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
+  using K = Kind<kMomentum, kEma, kUsual>;
+  if constexpr (batch_of<P>() > 1 || batch_of<M>() > 1) {
+    return walk_batches<P, G, M, K>;
+  } else {
+    return walk_elements<P, G, M, K>;
+  }
+}
+
 template <class P, class G, class M>
 WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h) {
-  static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
-  const bool usual = is_usual(h);
   if (!h.has_momentum) {
-    if (usual) return walk_elements<P, G, M, Kind<false, false, true>>;
-    return h.has_ema ? walk_elements<P, G, M, Kind<false, true, false>>
-                     : walk_elements<P, G, M, Kind<false, false, false>>;
+    if (is_usual(h)) return walk_of<P, G, M, false, false, true>();
+    return h.has_ema ? walk_of<P, G, M, false, true, false>() : walk_of<P, G, M, false, false, false>();
   }
-  if constexpr (M::kBlock == 1) {
-    if (usual) return walk_elements<P, G, M, Kind<true, false, true>>;
-    return h.has_ema ? walk_elements<P, G, M, Kind<true, true, false>>
-                     : walk_elements<P, G, M, Kind<true, false, false>>;
-  } else {
-    return walk_blocks<P, G, M>;
-  }
+  if (is_usual(h)) return walk_of<P, G, M, true, false, true>();
+  return h.has_ema ? walk_of<P, G, M, true, true, false>() : walk_of<P, G, M, true, false, false>();
 }
 
 // Walks from element `begin` of row `first` to the end of the range, or to the first row of another combination, and

@@ -25,10 +25,30 @@ constexpr int blocks_at_once(int combination, bool ema, bool table_in_memory) {
   }
 }
 
+// Whether all other blocks are done, for every thread of a block that asks. What they wrote, and read, came before.
+__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
 template <int kCombination, bool kEma, std::size_t kCapacity>
 __global__ __launch_bounds__(kThreads, blocks_at_once(kCombination, kEma, kCapacity == 0)) void sgd_step(
     const __grid_constant__ Arguments<kCapacity> arguments) {
-  walk_thread<kCombination, kEma>(arguments.table(), blockIdx.x, threadIdx.x);
+  const Table table = arguments.table();
+  walk_thread<kCombination, kEma>(table, blockIdx.x, threadIdx.x);
+  if constexpr (kCombination == kAnyCombination) {
+    if (table.scalars.ticket != nullptr && is_last_block(table.scalars.ticket)) {
+      count_steps_thread(table, threadIdx.x);
+      if (threadIdx.x == 0) *table.scalars.ticket = 0;
+    }
+  }
 }
 
 // Runs a phase of measure.h: this thread's part, then a barrier.
@@ -44,17 +64,10 @@ template <int kCombination, std::size_t kCapacity>
 __global__ __launch_bounds__(kThreads, kCombination == kAnyCombination ? 2 : 4) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
-  __shared__ bool is_last;
   const Table table = arguments.table();
   const Sums& sums = arguments.head.sums;
   measure_block<kCombination>(table, sums, blockIdx.x, memory, Phase());
-  if (threadIdx.x == 0) {
-    __threadfence();  // the tiles are written before the ticket is taken
-    is_last = atomicAdd(sums.ticket, 1u) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (is_last) add_up(table, sums, memory, Phase());
+  if (is_last_block(sums.ticket)) add_up(table, sums, memory, Phase());
 }
 
 template <bool kEma, std::size_t kCapacity>
@@ -225,7 +238,7 @@ Launcher::~Launcher() = default;
 
 void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
   packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks_at_once_));
-  if (norms != Norms::None) make_room(packer, norms);
+  if (norms != Norms::None || packer.counts_steps()) make_room(packer, norms);
   const std::size_t bytes = packed_bytes(packer);
   captured_->prepared = nullptr;
   if (bytes <= kLargeCapacity) return;
@@ -258,6 +271,8 @@ void Launcher::make_room(const TablePacker& packer, Norms norms) {
     sum_memory_.push_back(std::move(memory));
     return sum_memory_.back()->data();
   };
+  if (packer.counts_steps() && ticket_ == nullptr) ticket_ = reinterpret_cast<uint32_t*>(cleared(sizeof(uint32_t)));
+  if (norms == Norms::None) return;
   if (skipped_steps_ == nullptr) skipped_steps_ = reinterpret_cast<int64_t*>(cleared(sizeof(int64_t)));
   const Table table = packer.table();
   const bool params = norms == Norms::GradientsAndParameters;

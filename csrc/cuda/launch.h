@@ -24,7 +24,7 @@ class Launcher {
   Launcher& operator=(const Launcher&) = delete;
 
   // Chooses the size of the chunks; brings the table into device memory if it is too large for the arguments and not
-  // what the device already holds; makes room for the sums of measure(), if they are asked for. Whatever can fail fails
+  // what the device already holds; makes room for the sums of measure(), if they are asked for, and for the ticket. Whatever can fail fails
   // here, before anything is written.
   void prepare(TablePacker& packer, Stream stream, Norms norms);
   // The first pass, over what was prepared last: leaves its sums where totals() and row_squares() say.
@@ -35,6 +35,7 @@ class Launcher {
   double* totals() const { return sums_.totals; }            // 2
   double* row_squares() const { return sums_.row_squares; }  // 2 a row
   int64_t* skipped_steps() const { return skipped_steps_; }
+  uint32_t* ticket() const { return ticket_; }  // where the table counts steps
 
  private:
   class Memory;
@@ -52,6 +53,7 @@ class Launcher {
   std::vector<std::unique_ptr<Memory>> sum_memory_;
   Sums sums_;
   int64_t* skipped_steps_ = nullptr;
+  uint32_t* ticket_ = nullptr;
   double* param_tiles_ = nullptr;
   std::size_t tile_capacity_ = 0, row_capacity_ = 0;
 };

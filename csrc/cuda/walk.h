@@ -14,10 +14,41 @@ inline constexpr int kBytesInFlight = 96;   // a thread loads at most so many be
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
+// kCount neighbouring threads, which share a block of elements. On a GPU each of them does its own part, and they meet
+// in shuffles; on the host the first one does the parts of all.
+template <int kCount>
+class Neighbours {
+  static_assert(kCount <= 32 && (kCount & (kCount - 1)) == 0);
+
+ public:
+#if defined(__CUDA_ARCH__)
+  static constexpr int kParts = 1;  // that one thread does
+  FSGD_INLINE static bool takes_part(uint32_t) { return true; }
+  template <class M>
+  FSGD_INLINE static void merge(typename M::Reduction (&reduction)[kParts]) {
+    static_assert(sizeof(typename M::Reduction) == 4);
+    const uint32_t mask = ((kCount == 32 ? 0u : 1u << kCount) - 1u) << (threadIdx.x % 32 / kCount * kCount);
+    FSGD_UNROLL
+    for (int distance = 1; distance < kCount; distance *= 2) {
+      const auto other = __shfl_xor_sync(mask, bit_cast<uint32_t>(reduction[0]), distance);
+      M::merge(reduction[0], bit_cast<typename M::Reduction>(other));
+    }
+  }
+#else
+  static constexpr int kParts = kCount;
+  FSGD_INLINE static bool takes_part(uint32_t thread) { return thread % kCount == 0; }
+  template <class M>
+  FSGD_INLINE static void merge(typename M::Reduction (&reduction)[kParts]) {
+    for (int part = 1; part < kParts; ++part) M::merge(reduction[0], reduction[part]);
+    for (int part = 1; part < kParts; ++part) reduction[part] = reduction[0];
+  }
+#endif
+};
+
 // The part of one tensor that one thread walks. kEma: whether some row of the table has an average.
 template <class P, class G, class M, bool kEma>
 class ThreadWalk {
-  static_assert(P::kBlock == 1 && G::kBlock == 1 && M::kBlock == 1, "blocks of elements need a reduction in between");
+  static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
   using Acc = typename P::Acc;
   using Ema = Plain<Acc, Acc, identity<Acc>, identity<Acc>>;
   // Elements a pack: 16 bytes of the narrowest column, and as many elements of the others.
@@ -34,8 +65,17 @@ class ThreadWalk {
         h_(hyperparameters) {}
 
   // Chunk number `chunk` of this tensor. Heads are peeled per tensor: its first chunk is longer by the elements before
-  // the first 16-byte boundary, and all others begin on one.
+  // the first 16-byte boundary, and all others begin on one. But blocks count from element 0, whatever its address.
   FSGD_INLINE void chunk(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
+    if constexpr (M::kBlock == 1) {
+      chunk_of_elements(chunk, chunk_elements, length, thread);
+    } else {
+      chunk_of_blocks(chunk, chunk_elements, length, thread);
+    }
+  }
+
+ private:
+  FSGD_INLINE void chunk_of_elements(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
     const int64_t head = elements_before_packs();
     const int64_t begin = clamp(chunk == 0 ? 0 : head + chunk * chunk_elements, length);
     const int64_t first_pack = clamp(head + chunk * chunk_elements, length);
@@ -86,7 +126,51 @@ class ThreadWalk {
     }
   }
 
- private:
+  FSGD_INLINE void chunk_of_blocks(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
+    using Together = Neighbours<M::kBlock / kPack>;
+    if (!Together::takes_part(thread)) return;
+    const int64_t begin = chunk * chunk_elements, end = clamp(begin + chunk_elements, length);
+    const bool wide_param = param_.aligned(0), wide_grad = grad_.aligned(0), wide_momentum = momentum_.aligned(0),
+               wide_ema = has_ema() && ema_.aligned(0);
+    for (int64_t first = begin + int64_t{thread} * kPack; first < end; first += int64_t{kThreads} * kPack) {
+      Acc b[Together::kParts][kPack];
+      typename M::Reduction reduction[Together::kParts];
+      FSGD_UNROLL
+      for (int part = 0; part < Together::kParts; ++part) {
+        const int64_t i = first + part * kPack;
+        Acc p[kPack];
+        typename G::Acc g[kPack];
+        P::unpack(param_.template load_pack<kPack>(i, wide_param), p);
+        G::unpack(grad_.template load_pack<kPack>(i, wide_grad), g);
+        reduction[part] = {};
+        FSGD_UNROLL
+        for (int k = 0; k < kPack; ++k) b[part][k] = 0;
+        if (h_.has_momentum) M::unpack(momentum_.template load_pack<kPack>(i, wide_momentum), b[part]);
+        FSGD_UNROLL
+        for (int k = 0; k < kPack; ++k) {
+          update(h_, static_cast<Acc>(g[k]), p[k], b[part][k]);
+          M::reduce(reduction[part], b[part][k]);
+        }
+        param_.store_pack(i, wide_param, p);
+        if (has_ema()) {
+          Acc e[kPack];
+          Ema::unpack(ema_.template load_pack<kPack>(i, wide_ema), e);
+          FSGD_UNROLL
+          for (int k = 0; k < kPack; ++k) average(h_, p[k], e[k]);
+          ema_.store_pack(i, wide_ema, e);
+        }
+      }
+      if (!h_.has_momentum) continue;
+      Together::template merge<M>(reduction);
+      FSGD_UNROLL
+      for (int part = 0; part < Together::kParts; ++part) {
+        const int64_t i = first + part * kPack;
+        momentum_.store_pack(i, wide_momentum, b[part], reduction[part]);
+        if (i % M::kBlock == 0) momentum_.finish(i / M::kBlock, reduction[part]);
+      }
+    }
+  }
+
   FSGD_INLINE static int64_t clamp(int64_t i, int64_t length) { return i < length ? i : length; }
 
   // The narrowest column decides: where all columns can be aligned at once, only its head does it.
@@ -142,6 +226,11 @@ FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread
   }
   FSGD_COMBINATIONS(FSGD_WALK_ROW)
 #undef FSGD_WALK_ROW
+}
+
+// What the last block does in the end, where steps are counted: all others have read what it changes.
+FSGD_INLINE void count_steps_thread(const Table& table, uint32_t thread) {
+  if (!skips(table.scalars)) count_steps(table, thread, kThreads);
 }
 
 }  // namespace fused_sgd::cuda

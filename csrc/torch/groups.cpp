@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
@@ -24,6 +25,9 @@ const std::array<const char*, kKeyCount> kKeyNames = {"lr",
                                                       "fused",
                                                       "foreach",
                                                       "differentiable",
+                                                      "momentum_dtype",
+                                                      "master_weights",
+                                                      "stochastic_rounding",
                                                       "trust_coeff",
                                                       "eps",
                                                       "trust_clip",
@@ -55,7 +59,8 @@ PyObject* key_object(int key) {
 }
 
 bool is_immutable(PyObject* value) {
-  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None;
+  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) || value == Py_None ||
+         PyUnicode_CheckExact(value) || THPDtype_Check(value);
 }
 
 // Where a kernel can read a number: in a tensor on a GPU, of one element of float32 or float64. Else Source::Value.

@@ -73,6 +73,9 @@ enum Key {
   kFused,
   kForeach,
   kDifferentiable,
+  kMomentumDtype,
+  kMasterWeights,
+  kStochasticRounding,
   kTrustCoeff,  // only of FusedLARS, like all that follow
   kEps,
   kTrustClip,

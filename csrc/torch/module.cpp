@@ -43,15 +43,6 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
                            nullptr};
 
-// The line of FSGD_COMBINATIONS, or -1 when there is none.
-int combination(at::ScalarType param, at::ScalarType grad, at::ScalarType momentum) {
-  if (at::isComplexType(param) != at::isComplexType(grad) || at::isComplexType(param) != at::isComplexType(momentum)) {
-    return -1;
-  }
-  const auto p = format_of(param), g = format_of(grad), m = format_of(momentum);
-  return p && g && m ? find_combination(*p, *g, *m) : -1;
-}
-
 // The columns of a table's row in which the momentum buffer and the average stand.
 py::tuple state_columns(int line) {
   const Combination& c = kCombinations[line];
@@ -89,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
       .def("forget", &Plan::forget);
 
   m.add_object("step", py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr)));
-  m.def("combination", &combination, "The kernels' number for parameter, gradient and momentum dtypes, or -1.");
+  m.def("combination", &find_combination, "The kernels' number for formats of parameter, gradient, momentum, or -1.");
   m.def("state_columns", &state_columns, "Where a combination's momentum buffer and average stand in a table's row.");
   m.def("is_plain", &is_plain, "Whether the kernel can walk this tensor's memory.");
   m.def("is_staged", &is_staged, "Whether the kernel reaches a tensor of a parameter's through a copy.");

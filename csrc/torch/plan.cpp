@@ -162,7 +162,7 @@ py::object Plan::settle(PyObject* state) {
   return scan();
 }
 
-void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, py::object new_states) {
+void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, bool is_copy, py::object new_states) {
   if (busy_) throw std::runtime_error("step() is already running on this optimizer in another thread");
   Entry& e = groups_.at(g).entries.at(i);
   e.new_states.set(nullptr);
@@ -187,6 +187,8 @@ void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, p
   e.grad_column = static_cast<uint8_t>(kCombinations[combination].gradient_column());
   e.target = target_of(local_param->device());
   e.is_dtensor = local_param != &param;
+  e.is_copy = is_copy;
+  e.version = local_param->unsafeGetTensorImpl()->version_counter().current_version();
   e.length = local_param->numel() * (local_param->is_complex() ? 2 : 1);
   const auto strides = walk_strides(*local_param);
   e.stage_param = needs_staging(*local_param, strides);
@@ -195,16 +197,18 @@ void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, p
   e.grad_print = prints_.get(*local_grad);
   e.state_count = static_cast<uint8_t>(keys.size());
   e.state_version = DictVersion();
+  e.states = {};
   Active found(&e);
   for (int k = 0; k < e.state_count; ++k) {
     const auto key = keys[k].cast<py::tuple>();
-    e.states[k] = StateTensor{
-        interned(key[0].cast<std::string>().c_str()), nullptr, nullptr, nullptr, key[1].cast<uint8_t>(), false};
+    e.states[k].key = interned(key[0].cast<std::string>().c_str());
+    e.states[k].column = key[1].cast<uint8_t>();
   }
   TORCH_INTERNAL_ASSERT(find_state_tensors(e, found), "admit() without its state");
   for (int k = 0; k < e.state_count; ++k) {
+    const bool elementwise = keys[k].cast<py::tuple>()[2].cast<bool>();
     e.states[k].print = prints_.get(*found.states[k]);
-    e.states[k].stage = found.states[k]->dim() == local_param->dim() && needs_staging(*found.states[k], strides);
+    e.states[k].stage = elementwise && needs_staging(*found.states[k], strides);
   }
   e.path = Path::Kernel;
   written_moved_ = true;

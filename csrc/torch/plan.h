@@ -53,9 +53,12 @@ class Plan {
 
   // A judgement of one parameter that has a gradient: walked by the kernel for as long as its tensors stay as they are,
   // or (combination < 0) left to Python for the step that follows at once.
-  // combination: its line of FSGD_COMBINATIONS. keys: (key, column) for each state tensor, its place in the table's
-  // row. new_states: tensors by key, to put into the state with the next step; or None.
-  void admit(int64_t group, int64_t index, int combination, const pybind11::tuple& keys, pybind11::object new_states);
+  // combination: its line of FSGD_COMBINATIONS. keys: (key, column, elementwise) for each state tensor: its place in the
+  // table's row, and whether it is walked in the parameter's strides. is_copy: the parameter is a copy of something in
+  // the state, and to be judged again when someone else has written it. new_states: tensors by key, to put into the
+  // state with the next step; or None.
+  void admit(int64_t group, int64_t index, int combination, const pybind11::tuple& keys, bool is_copy,
+             pybind11::object new_states);
 
   // `state` will report every change of itself, by forget_state(); so what was found in it may be kept.
   void watch(pybind11::object state);
@@ -106,6 +109,8 @@ class Plan {
     bool is_subclass = false;  // its gradient is whatever Python says
     bool stage_param = false, stage_grad = false;
     bool any_new = false;  // a state tensor is not in the state yet
+    bool is_copy = false;  // of its master weights
+    uint32_t version = 0;  // of such a parameter, after the last step
     std::array<StateTensor, kMaxStates> states;
     char *last_param = nullptr, *last_grad = nullptr;  // null when the parameter took no part
     Ref new_states;                                    // a dict of what is to be put into the state
@@ -113,6 +118,9 @@ class Plan {
     Where where{};
 
     bool staged() const;
+    bool written_by_others(const c10::TensorImpl& param) const {
+      return is_copy && param.version_counter().current_version() != version;
+    }
   };
   struct GroupEntry {
     Ref dict;
@@ -221,6 +229,7 @@ class Plan {
   bool grads_moved_ = true;
   bool any_staged_ = false;
   bool any_new_ = false;
+  bool any_copies_ = false;
   bool steady_ = false;          // the tables are those of a step that was done, and nothing but values may differ
   bool values_changed_ = false;  // of a group's hyperparameters
   uint32_t round_ = 0;           // counts calls of step()

@@ -161,6 +161,7 @@ bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool mome
   if (entry.momentum != momentum) return false;
   active.param = entry.is_dtensor ? local_tensor(entry.param.get()) : &THPVariable_Unpack(entry.param.get());
   if (active.param == nullptr || !entry.param_print->matches(*active.param->unsafeGetTensorImpl())) return false;
+  if (entry.written_by_others(*active.param->unsafeGetTensorImpl())) return false;
   active.grad = local_gradient(grad);
   if (active.grad == nullptr || !entry.grad_print->matches(*active.grad->unsafeGetTensorImpl())) return false;
   if (!find_state_tensors(entry, active)) return false;
@@ -219,7 +220,7 @@ py::object Plan::scan() {
     }
   }
   for (Target& target : targets_) target.packer.start(static_cast<int>(columns));
-  grads_moved_ = any_staged_ = any_new_ = false;
+  grads_moved_ = any_staged_ = any_new_ = any_copies_ = false;
   bool simple = true;  // enough for is_steady()
   py::object to_judge;
   for (std::size_t g = 0; g < groups_.size(); ++g) {
@@ -259,6 +260,7 @@ py::object Plan::scan() {
         return py::make_tuple("too large", g, kKeyNames[too_large], i);
       }
       any_new_ |= entry.any_new;
+      any_copies_ |= entry.is_copy;
       if (target != entry.target) {
         target = entry.target;
         if (py::object obstacle = place(group, g, entry.target, &table_group); !obstacle.is_none()) return obstacle;
@@ -320,7 +322,7 @@ bool Plan::is_steady() {
     Entry& entry = *a->entry;
     const at::Tensor& param = THPVariable_Unpack(entry.param.get());
     const c10::TensorImpl& impl = *param.unsafeGetTensorImpl();
-    if (&param != a->param || !entry.param_print->matches(impl)) return false;
+    if (&param != a->param || !entry.param_print->matches(impl) || entry.written_by_others(impl)) return false;
     const at::Tensor* grad = gradient_of(param);
     if (grad == nullptr || !grad->defined() || !entry.grad_print->matches(*grad->unsafeGetTensorImpl())) return false;
     a->grad = grad;

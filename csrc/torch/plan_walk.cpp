@@ -42,6 +42,7 @@ void Plan::prepare_launches() {
     Scalars& scalars = target.scalars = Scalars{};
     if (target.grad_scale.defined()) scalars.grad_scale = target.grad_scale.const_data_ptr<float>();
     if (target.found_inf.defined()) scalars.found_inf = target.found_inf.const_data_ptr<float>();
+    if (target.packer.counts_steps()) scalars.ticket = target.launcher->ticket();
     if (norms_ == cuda::Norms::None) continue;
     scalars.totals = target.launcher->totals();
     scalars.row_squares = target.launcher->row_squares();
@@ -94,7 +95,13 @@ void Plan::walk() {
       walk_rows(first, last, elements);
     }
   };
-  if (target.packer.elements() < kReleaseElements) return run();
+  const auto count = [&] {
+    if (target.packer.counts_steps()) count_steps(target.packer.table(), 0, 1);
+  };
+  if (target.packer.elements() < kReleaseElements) {
+    run();
+    return count();
+  }
 
   // Meanwhile another Python thread may drop a gradient or clear the state. (The plan holds the parameters.)
   held_.clear();
@@ -104,6 +111,7 @@ void Plan::walk() {
   }
   const py::gil_scoped_release no_gil;
   run();
+  count();
 }
 
 // After the walk: copies go home, autograd learns what was written, and the plan remembers what it saw.
@@ -115,6 +123,9 @@ void Plan::commit() {
     for (int k = 0; k < a.entry->state_count; ++k) a.states[k]->unsafeGetTensorImpl()->bump_version();
   }
   if (any_staged_) unstage();
+  if (any_copies_) {
+    for (const Active& a : active_) a.entry->version = a.param->unsafeGetTensorImpl()->version_counter().current_version();
+  }
   if (!written_moved_ && !grads_moved_ && installed_.empty()) return;
   for (const Active& a : active_) {
     Entry& e = *a.entry;

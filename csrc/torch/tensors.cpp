@@ -26,23 +26,6 @@ const Fingerprint* FingerprintPool::get(const at::Tensor& tensor) {
   return &prints_.try_emplace(std::move(key), tensor).first->second;
 }
 
-std::optional<Format> format_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-    case at::kComplexDouble:
-      return Format::Float64;
-    case at::kFloat:
-    case at::kComplexFloat:
-      return Format::Float32;
-    case at::kBFloat16:
-      return Format::BFloat16;
-    case at::kHalf:
-      return Format::Float16;
-    default:
-      return std::nullopt;
-  }
-}
-
 bool same_strides(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
   for (std::size_t dim = 0; dim < sizes.size(); ++dim) {
     if (sizes[dim] > 1 && a[dim] != b[dim]) return false;

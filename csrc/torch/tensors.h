@@ -4,7 +4,6 @@
 #include <ATen/ATen.h>
 
 #include <map>
-#include <optional>
 #include <vector>
 
 #include "../core/combinations.h"
@@ -58,9 +57,6 @@ class FingerprintPool {
  private:
   std::map<std::vector<int64_t>, Fingerprint> prints_;
 };
-
-// The storage format of a dtype; complex ones are pairs of reals. Empty when there is none.
-std::optional<Format> format_of(at::ScalarType dtype);
 
 // Bytes from the first element of a strided tensor that has elements to the end of its last.
 int64_t extent(const at::Tensor& tensor);

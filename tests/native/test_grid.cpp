@@ -3,100 +3,19 @@
 // aligned, is an error.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
-#include <random>
 
 #include "check.h"
 #include "cpu/walk.h"
 #include "cuda/arguments.h"
 #include "cuda/measure.h"
+#include "tensors.h"
 
 using namespace fused_sgd;
 
 namespace {
-
-std::mt19937 generator(0);
-
-int element_bytes(Format format) { return format == Format::Float64 ? 8 : format == Format::Float32 ? 4 : 2; }
-
-// One tensor in memory of its own, exactly as long, beginning `offset` elements behind a 16-byte boundary.
-class Column {
- public:
-  Column(Format format, int64_t length, int64_t offset)
-      : element_(element_bytes(format)), skip_(offset * element_), bytes_(length * element_) {
-    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(16, (skip_ + bytes_ + 15) / 16 * 16)));
-    std::normal_distribution<double> normal;
-    for (int64_t i = 0; i < length; ++i) {
-      const double x = normal(generator);
-      switch (format) {
-        case Format::Float64:
-          put(i, x);
-          break;
-        case Format::Float32:
-          put(i, static_cast<float>(x));
-          break;
-        case Format::BFloat16:
-          put(i, float_to_bfloat16(static_cast<float>(x)));
-          break;
-        case Format::Float16:
-          put(i, float_to_float16(static_cast<float>(x)));
-          break;
-      }
-    }
-    // What is not the tensor's holds a pattern that must stay.
-    std::memset(memory_.get(), 0x5A, skip_);
-  }
-  Column(const Column& other) : element_(other.element_), skip_(other.skip_), bytes_(other.bytes_) {
-    const std::size_t all = (skip_ + bytes_ + 15) / 16 * 16;
-    memory_.reset(static_cast<std::byte*>(std::aligned_alloc(16, all)));
-    std::memcpy(memory_.get(), other.memory_.get(), skip_ + bytes_);
-  }
-  // Nothing was accumulated yet in element i.
-  void unset(int64_t i) {
-    if (bytes_ == 0) return;
-    switch (element_) {
-      case 8:
-        return put(i, unset_value(double()));
-      case 4:
-        return put(i, unset_value(float()));
-      default:
-        return put(i, static_cast<uint16_t>(0x7FEE));  // of bf16; an odd number in fp16
-    }
-  }
-  void* data() const { return memory_.get() + skip_; }
-  bool same(const Column& other) const { return std::memcmp(memory_.get(), other.memory_.get(), skip_ + bytes_) == 0; }
-
- private:
-  template <class T>
-  void put(int64_t i, T x) {
-    std::memcpy(memory_.get() + skip_ + i * sizeof(T), &x, sizeof(T));
-  }
-  struct Free {
-    void operator()(std::byte* p) const { std::free(p); }
-  };
-  int64_t element_, skip_, bytes_;
-  std::unique_ptr<std::byte, Free> memory_;
-};
-
-struct Tensor {
-  int combination;
-  int64_t length;
-  std::vector<Column> columns;  // parameter, gradient, momentum buffer, average
-
-  Tensor(int line, int64_t elements, int64_t offset_p, int64_t offset_g, int64_t offset_m)
-      : combination(line), length(elements) {
-    const Combination& c = kCombinations[line];
-    columns.reserve(4);
-    columns.emplace_back(c.parameter, elements, offset_p);
-    columns.emplace_back(c.gradient, elements, offset_g);
-    columns.emplace_back(c.momentum, elements, offset_m);
-    columns.emplace_back(c.computed_in_double ? Format::Float64 : Format::Float32, elements, offset_p);
-    columns[2].unset(elements / 3);
-    columns[3].unset(elements / 2);
-  }
-};
 
 std::vector<double> memory_lr = {0.03, 0.3};
 float memory_decay = 0.02f;
@@ -128,13 +47,15 @@ Group make_group(std::size_t i) {
 }
 
 void fill(TablePacker& packer, const std::vector<Tensor>& tensors) {
-  packer.start(4);
+  std::size_t most = 0;
+  for (const Tensor& t : tensors) most = std::max(most, t.columns.size());
+  packer.start(static_cast<int>(most));
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
     const uint32_t group = packer.add_group(make_group(i));
     void** columns = packer.add_row(t.length, group, static_cast<uint32_t>(t.combination));
-    for (int c = 0; c < 4; ++c) columns[c] = t.columns[c].data();
-    if (make_group(i).momentum == 0) columns[2] = nullptr;
+    for (std::size_t c = 0; c < t.columns.size(); ++c) columns[c] = t.columns[c].data();
+    if (make_group(i).momentum == 0) columns[kCombinations[t.combination].momentum_column()] = nullptr;
   }
 }
 
@@ -180,7 +101,9 @@ void run_grid(const Table& table, const cuda::Sums& sums, int only) {
       return walk_grid<Line_BFloat16_BFloat16_BFloat16>(table);
     default:
       measure_grid<cuda::kAnyCombination>(table, sums);
-      return walk_grid<cuda::kAnyCombination>(table);
+      walk_grid<cuda::kAnyCombination>(table);
+      if (table.scalars.ticket == nullptr) return;
+      for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) cuda::count_steps_thread(table, thread);
   }
 }
 
@@ -214,6 +137,7 @@ void run_launch(const TablePacker& packer, const Scalars& scalars, const float* 
 std::size_t launch(const TablePacker& packer, Scalars scalars, const float* grad_scale, SumMemory& sums) {
   scalars.totals = sums.totals.data();
   scalars.row_squares = sums.row_squares.data();
+  if (packer.counts_steps()) scalars.ticket = &sums.ticket;
   const std::size_t bytes = cuda::packed_bytes(packer);
   if (bytes <= cuda::kSmallCapacity) {
     return run_launch<cuda::kSmallCapacity>(packer, scalars, grad_scale, sums), cuda::kSmallCapacity;
@@ -236,9 +160,9 @@ void measure_on_cpu(const Table& table, SumMemory& sums) {
 
 bool same(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
   for (std::size_t i = 0; i < a.size(); ++i) {
-    for (int c = 0; c < 4; ++c) {
+    for (std::size_t c = 0; c < a[i].columns.size(); ++c) {
       if (!a[i].columns[c].same(b[i].columns[c])) {
-        std::printf("tensor %zu of %zu, combination %d, %lld elements, column %d differs\n", i, a.size(),
+        std::printf("tensor %zu of %zu, combination %d, %lld elements, column %zu differs\n", i, a.size(),
                     a[i].combination, static_cast<long long>(a[i].length), c);
         return false;
       }
@@ -262,6 +186,7 @@ bool grid_equals_walk(const std::vector<Tensor>& tensors, const float* grad_scal
   table.scalars.totals = cpu_sums.totals.data();
   table.scalars.row_squares = cpu_sums.row_squares.data();
   cpu::instruction_set().walk(table, 0, table.chunk_count());
+  count_steps(table, 0, 1);
   const float fine = 0;
   scalars.found_inf = &fine;
   for (uint32_t log2 : {12u, 14u}) {
@@ -318,7 +243,7 @@ int main() {
     for (int line = 0; line < kCombinationCount; ++line) {
       tensors.emplace_back(line, 1 + 997 * line, line % 3, line % 5, line % 2);
     }
-    CHECK(grid_equals_walk(tensors, &scale, cuda::kSmallCapacity));
+    CHECK(grid_equals_walk(tensors, &scale, cuda::kLargeCapacity));
     with_ema = false;
   }
 
@@ -342,6 +267,7 @@ int main() {
   // An overflow skips the step, whatever GradScaler summed over devices; so does what the first pass finds.
   for (const float found : {1.0f, 2.0f, -1.0f, 0.0f}) {
     std::vector<Tensor> tensors = many(3, 0, 5000);
+    tensors.emplace_back(Line_StochasticBFloat16_BFloat16_BFloat16, 100, 0, 0, 0);  // whose steps are not counted then
     if (found == 0) static_cast<float*>(tensors[1].columns[1].data())[4321] = -INFINITY;
     const std::vector<Tensor> before = tensors;
     TablePacker packer;
