@@ -88,26 +88,6 @@ void check(cudaError_t error, int device, const char* what) {
                            " failed: " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one for as long as it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), device, "asking for the current device");
-    if (before_ == device) return;
-    check(cudaSetDevice(device), device, "selecting the device");
-    changed_ = true;
-  }
-  ~OnDevice() {
-    if (changed_) (void)cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 class RelaxedCapture {
  public:
   RelaxedCapture() : mode_(relax_capture_mode()) {}
@@ -157,7 +137,9 @@ class Launcher::Memory {
     if (error != cudaSuccess) (void)cudaFree(data_);
     check(error, device, "creating an event");
   }
-  ~Memory() {  // errors have nowhere to go: the process may be at its end, and the driver gone
+  // On whatever device is the current one: pointers and events know theirs. Errors have nowhere to go: the process may
+  // be at its end, and the driver gone.
+  ~Memory() {
     const RelaxedCapture relaxed;
     (void)cudaEventDestroy(last_use_);
     (void)cudaFree(data_);  // waits for the walks that read it
@@ -234,7 +216,6 @@ void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
       if (table->holds(packer)) captured_->prepared = table.get();
     }
     if (captured_->prepared != nullptr) return;
-    const OnDevice on(device_);
     auto table = std::make_unique<Memory>(bytes, device_);
     outside_capture(device_, "writing the table", [&](cudaStream_t own) { table->write(packer, own); });
     captured_->prepared = table.get();
@@ -242,14 +223,12 @@ void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
     return;
   }
   if (memory_ != nullptr && memory_->holds(packer)) return;
-  const OnDevice on(device_);
   if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = std::make_unique<Memory>(2 * bytes, device_);
   const auto current = static_cast<cudaStream_t>(stream);
   memory_->use(current, [&] { memory_->write(packer, current); });
 }
 
 void Launcher::make_room(const TablePacker& packer, Norms norms) {
-  const OnDevice on(device_);
   const auto cleared = [&](std::size_t bytes) {
     auto memory = std::make_unique<Memory>(bytes, device_);
     outside_capture(device_, "clearing memory for norms", [&](cudaStream_t own) {
@@ -288,7 +267,6 @@ void Launcher::launch(const TablePacker& packer, const Scalars& scalars, const f
 
 void Launcher::run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale,
                    Stream stream_handle) {
-  const OnDevice on(device_);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const dim3 blocks(packer.table().chunk_count());
   const int combination = packer.only_combination();
@@ -329,15 +307,13 @@ std::string obstacle(int device) {
   static std::map<int, std::string> known;  // the GIL guards it
   if (const auto found = known.find(device); found != known.end()) return found->second;
   try {
-    // Of this device and no other: asking starts a context, which takes half a gigabyte there.
-    const OnDevice on(device);
+    const auto capability = std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
+                            std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device));
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAnyCombination));
     if (error == cudaSuccess) return known[device] = "";
     (void)cudaGetLastError();
-    return known[device] = "cuda:" + std::to_string(device) + " has compute capability " +
-                           std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
-                           std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device)) +
+    return known[device] = "cuda:" + std::to_string(device) + " has compute capability " + capability +
                            ", the kernels were built for " + architectures() + " (" + cudaGetErrorName(error) + ")";
   } catch (const std::runtime_error& error) {  // no driver, no such device; not remembered
     return error.what();

@@ -16,6 +16,10 @@ using Stream = void*;  // cudaStream_t
 enum class Norms : uint8_t { None, Gradients, GradientsAndParameters };
 
 // One optimizer's launches on one device. Every function throws std::runtime_error, naming the device and the cause.
+//
+// Callers make the device the current one, for all of this header that works on a device. Nothing here selects one:
+// selecting the one from before again would start a context there, half a gigabyte on a GPU that nobody may use.
+// (The runtime works in the thread's current context, so this copy of it, linked statically, and torch's agree.)
 class Launcher {
  public:
   explicit Launcher(int device);
@@ -59,7 +63,7 @@ class Launcher {
 // Compute capabilities the kernels were built for, as in "75;80;90"; empty when there are none.
 std::string architectures();
 
-// Why no kernel can run on a device, or an empty string.
+// Why no kernel can run on a device, the current one, or an empty string.
 std::string obstacle(int device);
 
 bool is_capturing(Stream stream);
