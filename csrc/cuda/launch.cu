@@ -127,13 +127,22 @@ int attribute(cudaDeviceAttr which, int device) {
 // between Host and Device"). Pinned memory would have to stay until the copy is done, which the host cannot know.
 constexpr std::size_t kMaxAsyncCopy = 64 * 1024;
 
-// A table in device memory, and what it holds.
+// A table in device memory, and what it holds. The memory is the driver's and not the caller's allocator's: a capture
+// would be given memory of its graph's pool, other streams than the one it was made for would have to be made known,
+// and at most a few megabytes are at stake. What the allocator keeps unused is asked back where the driver has none
+// left.
 class Launcher::Memory {
  public:
-  Memory(std::size_t bytes, int device) : device_(device), capacity_(bytes) {
+  Memory(std::size_t bytes, int device, ReleaseCache release_cache) : device_(device), capacity_(bytes) {
     const RelaxedCapture relaxed;
-    check(cudaMalloc(&data_, bytes), device, "allocating memory for the table");
-    const cudaError_t error = cudaEventCreateWithFlags(&last_use_, cudaEventDisableTiming);
+    cudaError_t error = cudaMalloc(&data_, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+      (void)cudaGetLastError();
+      release_cache();
+      error = cudaMalloc(&data_, bytes);
+    }
+    check(error, device, "allocating memory for the table");
+    error = cudaEventCreateWithFlags(&last_use_, cudaEventDisableTiming);
     if (error != cudaSuccess) (void)cudaFree(data_);
     check(error, device, "creating an event");
   }
@@ -197,13 +206,18 @@ struct Launcher::Captured {
   const Memory* prepared = nullptr;  // for the launch that comes next; null if that is not captured
 };
 
-Launcher::Launcher(int device)
+Launcher::Launcher(int device, ReleaseCache release_cache)
     : device_(device),
+      release_cache_(release_cache),
       blocks_at_once_(static_cast<uint64_t>(attribute(cudaDevAttrMultiProcessorCount, device)) *
                       blocks_at_once(Line_Float32_Float32_Float32, false, false)),
       captured_(std::make_unique<Captured>()) {}
 
 Launcher::~Launcher() = default;
+
+std::unique_ptr<Launcher::Memory> Launcher::allocate(std::size_t bytes) const {
+  return std::make_unique<Memory>(bytes, device_, release_cache_);
+}
 
 void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
   packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks_at_once_));
@@ -216,21 +230,21 @@ void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
       if (table->holds(packer)) captured_->prepared = table.get();
     }
     if (captured_->prepared != nullptr) return;
-    auto table = std::make_unique<Memory>(bytes, device_);
+    auto table = allocate(bytes);
     outside_capture(device_, "writing the table", [&](cudaStream_t own) { table->write(packer, own); });
     captured_->prepared = table.get();
     captured_->tables.push_back(std::move(table));
     return;
   }
   if (memory_ != nullptr && memory_->holds(packer)) return;
-  if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = std::make_unique<Memory>(2 * bytes, device_);
+  if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = allocate(2 * bytes);
   const auto current = static_cast<cudaStream_t>(stream);
   memory_->use(current, [&] { memory_->write(packer, current); });
 }
 
 void Launcher::make_room(const TablePacker& packer, Norms norms) {
   const auto cleared = [&](std::size_t bytes) {
-    auto memory = std::make_unique<Memory>(bytes, device_);
+    auto memory = allocate(bytes);
     outside_capture(device_, "clearing memory for norms", [&](cudaStream_t own) {
       check(cudaMemsetAsync(memory->data(), 0, bytes, own), device_, "clearing memory for norms");
     });

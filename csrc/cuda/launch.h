@@ -22,7 +22,10 @@ enum class Norms : uint8_t { None, Gradients, GradientsAndParameters };
 // (The runtime works in the thread's current context, so this copy of it, linked statically, and torch's agree.)
 class Launcher {
  public:
-  explicit Launcher(int device);
+  // release_cache: gives memory of the device that the caller only keeps for later back to the driver; called where the
+  // driver has none left.
+  using ReleaseCache = void (*)();
+  Launcher(int device, ReleaseCache release_cache);
   ~Launcher();
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
@@ -43,11 +46,13 @@ class Launcher {
  private:
   class Memory;
   struct Captured;
+  std::unique_ptr<Memory> allocate(std::size_t bytes) const;
   void make_room(const TablePacker& packer, Norms norms);
   enum class Pass { Measure, Step };
   void run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
 
   int device_;
+  ReleaseCache release_cache_;
   uint64_t blocks_at_once_ = 0;
   std::unique_ptr<Memory> memory_;  // of a table too large for the arguments; rewritten when it changed
   // A CUDA graph keeps the address of a table that it saw: such tables stay, unchanged, for as long as the optimizer.
