@@ -209,8 +209,7 @@ struct Launcher::Captured {
 Launcher::Launcher(int device, ReleaseCache release_cache)
     : device_(device),
       release_cache_(release_cache),
-      blocks_at_once_(static_cast<uint64_t>(attribute(cudaDevAttrMultiProcessorCount, device)) *
-                      blocks_at_once(Line_Float32_Float32_Float32, false, false)),
+      multiprocessors_(static_cast<uint64_t>(attribute(cudaDevAttrMultiProcessorCount, device))),
       captured_(std::make_unique<Captured>()) {}
 
 Launcher::~Launcher() = default;
@@ -220,9 +219,13 @@ std::unique_ptr<Launcher::Memory> Launcher::allocate(std::size_t bytes) const {
 }
 
 void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
-  packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks_at_once_));
+  const std::size_t bytes = packed_bytes(packer);  // whatever the size of the chunks
+  const auto blocks = multiprocessors_ * static_cast<uint64_t>(blocks_at_once(
+                                             packer.only_combination(), packer.has_ema(), bytes > kLargeCapacity));
+  // A grid may have 2^31 - 1 blocks. The packer takes 2^32 chunks of the smallest size, and so large a table gets
+  // chunks of the largest one, a fourth as many; more tensors than that no process has.
+  packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks));
   if (norms != Norms::None) make_room(packer, norms);
-  const std::size_t bytes = packed_bytes(packer);
   captured_->prepared = nullptr;
   if (bytes <= kLargeCapacity) return;
   if (is_capturing(stream)) {

@@ -53,7 +53,7 @@ class Launcher {
 
   int device_;
   ReleaseCache release_cache_;
-  uint64_t blocks_at_once_ = 0;
+  uint64_t multiprocessors_;
   std::unique_ptr<Memory> memory_;  // of a table too large for the arguments; rewritten when it changed
   // A CUDA graph keeps the address of a table that it saw: such tables stay, unchanged, for as long as the optimizer.
   std::unique_ptr<Captured> captured_;
