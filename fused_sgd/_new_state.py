@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from fused_sgd._dtensor import local, placed_like
@@ -25,21 +24,23 @@ def new_state(key: str, param: Tensor, groups: list[Group], group: int) -> Tenso
         groups: the optimizer's param groups.
         group: the number of the parameter's.
     """
-    options = groups[group]
-    with torch.inference_mode(False), torch.no_grad(), _outside_capture(param.device):
-        if key == "momentum_buffer":
-            return _new_momentum_buffer(param, options)
-        if key == "ema":
-            return _unset(param, average_dtype(param.dtype))
-        if key == "master":
-            return param.detach().to(torch.float32)
-        if key == "remainder":
-            return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
-        if key == "rounding":  # seed, number of the parameter, steps; see csrc/core/stochastic.h
-            return torch.tensor([0, _number(param, groups, group), 0, 0], dtype=torch.int64, device=param.device)
-        memory = local(param)
-        codes, scale = int8_unset(memory.shape, device=memory.device)
-        return placed_like(param, codes) if key == "momentum_codes" else placed_like(param, scale, scale_shape(param))
+    return _outside_capture(param.device, lambda: _new_state(key, param, groups, group))
+
+
+def _new_state(key: str, param: Tensor, groups: list[Group], group: int) -> Tensor:
+    if key == "momentum_buffer":
+        return _new_momentum_buffer(param, groups[group])
+    if key == "ema":
+        return _unset(param, average_dtype(param.dtype))
+    if key == "master":
+        return param.detach().to(torch.float32)
+    if key == "remainder":
+        return torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
+    if key == "rounding":  # seed, number of the parameter, steps; see csrc/core/stochastic.h
+        return torch.tensor([0, _number(param, groups, group), 0, 0], dtype=torch.int64, device=param.device)
+    memory = local(param)
+    codes, scale = int8_unset(memory.shape, device=memory.device)
+    return placed_like(param, codes) if key == "momentum_codes" else placed_like(param, scale, scale_shape(param))
 
 
 def _number(param: Tensor, groups: list[Group], group: int) -> int:
@@ -70,25 +71,30 @@ def _unset(param: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-@contextlib.contextmanager
-def _outside_capture(device: torch.device) -> Iterator[None]:
-    """Lets work be done now, in ordinary memory, even while a CUDA graph is captured, of which it is to be no part.
+def _outside_capture(device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """Makes a tensor now, in ordinary memory, even while a CUDA graph is captured, of which that is to be no part.
 
     A graph that filled a new buffer would fill it again at each replay, and memory from the graph's own pool may be
     written by what the graph did earlier.
     """
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield
-        return
-    assert C is not None
-    mode = C.relax_capture_mode()
-    try:
-        stream = _stream_outside_capture(device)
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
-    finally:
-        C.restore_capture_mode(mode)
+    with torch.inference_mode(False), torch.no_grad():
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return make()
+        assert C is not None
+        mode = C.relax_capture_mode()
+        try:
+            stream = _stream_outside_capture(device)
+            with torch.cuda.stream(stream):
+                tensor = make()
+            stream.synchronize()
+        finally:
+            C.restore_capture_mode(mode)
+        # To torch's allocator the memory is the side stream's. Where it is used, that must know, or it would give freed
+        # memory to the side stream while a step still runs: here, and where most replays are. (Keeping note of this is
+        # all that happens now; events are recorded when the memory is freed.)
+        for user in (torch.cuda.current_stream(device), torch.cuda.default_stream(device)):
+            local(tensor).record_stream(user)
+        return tensor
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -13,7 +13,7 @@ namespace {
 class Launcher::Memory {};
 struct Launcher::Captured {};
 
-Launcher::Launcher(int device) : device_(device) { refuse(); }
+Launcher::Launcher(int device, ReleaseCache) : device_(device) { refuse(); }
 Launcher::~Launcher() = default;
 void Launcher::prepare(TablePacker&, Stream, Norms) { refuse(); }
 void Launcher::measure(const TablePacker&, const Scalars&, const float*, Stream) { refuse(); }

@@ -101,26 +101,6 @@ void check(cudaError_t error, int device, const char* what) {
                            " failed: " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one for as long as it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), device, "asking for the current device");
-    if (before_ == device) return;
-    check(cudaSetDevice(device), device, "selecting the device");
-    changed_ = true;
-  }
-  ~OnDevice() {
-    if (changed_) (void)cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 class RelaxedCapture {
  public:
   RelaxedCapture() : mode_(relax_capture_mode()) {}
@@ -160,17 +140,28 @@ int attribute(cudaDeviceAttr which, int device) {
 // between Host and Device"). Pinned memory would have to stay until the copy is done, which the host cannot know.
 constexpr std::size_t kMaxAsyncCopy = 64 * 1024;
 
-// A table in device memory, and what it holds.
+// A table in device memory, and what it holds. The memory is the driver's and not the caller's allocator's: a capture
+// would be given memory of its graph's pool, other streams than the one it was made for would have to be made known,
+// and at most a few megabytes are at stake. What the allocator keeps unused is asked back where the driver has none
+// left.
 class Launcher::Memory {
  public:
-  Memory(std::size_t bytes, int device) : device_(device), capacity_(bytes) {
+  Memory(std::size_t bytes, int device, ReleaseCache release_cache) : device_(device), capacity_(bytes) {
     const RelaxedCapture relaxed;
-    check(cudaMalloc(&data_, bytes), device, "allocating memory for the table");
-    const cudaError_t error = cudaEventCreateWithFlags(&last_use_, cudaEventDisableTiming);
+    cudaError_t error = cudaMalloc(&data_, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+      (void)cudaGetLastError();
+      release_cache();
+      error = cudaMalloc(&data_, bytes);
+    }
+    check(error, device, "allocating memory for the table");
+    error = cudaEventCreateWithFlags(&last_use_, cudaEventDisableTiming);
     if (error != cudaSuccess) (void)cudaFree(data_);
     check(error, device, "creating an event");
   }
-  ~Memory() {  // errors have nowhere to go: the process may be at its end, and the driver gone
+  // On whatever device is the current one: pointers and events know theirs. Errors have nowhere to go: the process may
+  // be at its end, and the driver gone.
+  ~Memory() {
     const RelaxedCapture relaxed;
     (void)cudaEventDestroy(last_use_);
     (void)cudaFree(data_);  // waits for the walks that read it
@@ -228,18 +219,26 @@ struct Launcher::Captured {
   const Memory* prepared = nullptr;  // for the launch that comes next; null if that is not captured
 };
 
-Launcher::Launcher(int device)
+Launcher::Launcher(int device, ReleaseCache release_cache)
     : device_(device),
-      blocks_at_once_(static_cast<uint64_t>(attribute(cudaDevAttrMultiProcessorCount, device)) *
-                      blocks_at_once(Line_Float32_Float32_Float32, false, false)),
+      release_cache_(release_cache),
+      multiprocessors_(static_cast<uint64_t>(attribute(cudaDevAttrMultiProcessorCount, device))),
       captured_(std::make_unique<Captured>()) {}
 
 Launcher::~Launcher() = default;
 
+std::unique_ptr<Launcher::Memory> Launcher::allocate(std::size_t bytes) const {
+  return std::make_unique<Memory>(bytes, device_, release_cache_);
+}
+
 void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
-  packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks_at_once_));
+  const std::size_t bytes = packed_bytes(packer);  // whatever the size of the chunks
+  const auto blocks = multiprocessors_ * static_cast<uint64_t>(blocks_at_once(
+                                             packer.only_combination(), packer.has_ema(), bytes > kLargeCapacity));
+  // A grid may have 2^31 - 1 blocks. The packer takes 2^32 chunks of the smallest size, and so large a table gets
+  // chunks of the largest one, a fourth as many; more tensors than that no process has.
+  packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks));
   if (norms != Norms::None || packer.counts_steps()) make_room(packer, norms);
-  const std::size_t bytes = packed_bytes(packer);
   captured_->prepared = nullptr;
   if (bytes <= kLargeCapacity) return;
   if (is_capturing(stream)) {
@@ -247,24 +246,21 @@ void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
       if (table->holds(packer)) captured_->prepared = table.get();
     }
     if (captured_->prepared != nullptr) return;
-    const OnDevice on(device_);
-    auto table = std::make_unique<Memory>(bytes, device_);
+    auto table = allocate(bytes);
     outside_capture(device_, "writing the table", [&](cudaStream_t own) { table->write(packer, own); });
     captured_->prepared = table.get();
     captured_->tables.push_back(std::move(table));
     return;
   }
   if (memory_ != nullptr && memory_->holds(packer)) return;
-  const OnDevice on(device_);
-  if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = std::make_unique<Memory>(2 * bytes, device_);
+  if (memory_ == nullptr || memory_->capacity() < bytes) memory_ = allocate(2 * bytes);
   const auto current = static_cast<cudaStream_t>(stream);
   memory_->use(current, [&] { memory_->write(packer, current); });
 }
 
 void Launcher::make_room(const TablePacker& packer, Norms norms) {
-  const OnDevice on(device_);
   const auto cleared = [&](std::size_t bytes) {
-    auto memory = std::make_unique<Memory>(bytes, device_);
+    auto memory = allocate(bytes);
     outside_capture(device_, "clearing memory for norms", [&](cudaStream_t own) {
       check(cudaMemsetAsync(memory->data(), 0, bytes, own), device_, "clearing memory for norms");
     });
@@ -303,7 +299,6 @@ void Launcher::launch(const TablePacker& packer, const Scalars& scalars, const f
 
 void Launcher::run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale,
                    Stream stream_handle) {
-  const OnDevice on(device_);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const dim3 blocks(packer.table().chunk_count());
   const int combination = packer.only_combination();
@@ -344,15 +339,13 @@ std::string obstacle(int device) {
   static std::map<int, std::string> known;  // the GIL guards it
   if (const auto found = known.find(device); found != known.end()) return found->second;
   try {
-    // Of this device and no other: asking starts a context, which takes half a gigabyte there.
-    const OnDevice on(device);
+    const auto capability = std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
+                            std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device));
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAnyCombination));
     if (error == cudaSuccess) return known[device] = "";
     (void)cudaGetLastError();
-    return known[device] = "cuda:" + std::to_string(device) + " has compute capability " +
-                           std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
-                           std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device)) +
+    return known[device] = "cuda:" + std::to_string(device) + " has compute capability " + capability +
                            ", the kernels were built for " + architectures() + " (" + cudaGetErrorName(error) + ")";
   } catch (const std::runtime_error& error) {  // no driver, no such device; not remembered
     return error.what();

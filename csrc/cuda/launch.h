@@ -16,9 +16,16 @@ using Stream = void*;  // cudaStream_t
 enum class Norms : uint8_t { None, Gradients, GradientsAndParameters };
 
 // One optimizer's launches on one device. Every function throws std::runtime_error, naming the device and the cause.
+//
+// Callers make the device the current one, for all of this header that works on a device. Nothing here selects one:
+// selecting the one from before again would start a context there, half a gigabyte on a GPU that nobody may use.
+// (The runtime works in the thread's current context, so this copy of it, linked statically, and torch's agree.)
 class Launcher {
  public:
-  explicit Launcher(int device);
+  // release_cache: gives memory of the device that the caller only keeps for later back to the driver; called where the
+  // driver has none left.
+  using ReleaseCache = void (*)();
+  Launcher(int device, ReleaseCache release_cache);
   ~Launcher();
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
@@ -40,12 +47,14 @@ class Launcher {
  private:
   class Memory;
   struct Captured;
+  std::unique_ptr<Memory> allocate(std::size_t bytes) const;
   void make_room(const TablePacker& packer, Norms norms);
   enum class Pass { Measure, Step };
   void run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
 
   int device_;
-  uint64_t blocks_at_once_ = 0;
+  ReleaseCache release_cache_;
+  uint64_t multiprocessors_;
   std::unique_ptr<Memory> memory_;  // of a table too large for the arguments; rewritten when it changed
   // A CUDA graph keeps the address of a table that it saw: such tables stay, unchanged, for as long as the optimizer.
   std::unique_ptr<Captured> captured_;
@@ -61,7 +70,7 @@ class Launcher {
 // Compute capabilities the kernels were built for, as in "75;80;90"; empty when there are none.
 std::string architectures();
 
-// Why no kernel can run on a device, or an empty string.
+// Why no kernel can run on a device, the current one, or an empty string.
 std::string obstacle(int device);
 
 bool is_capturing(Stream stream);

@@ -62,6 +62,16 @@ bool is_plain(const at::Tensor& tensor) {
 // Whether the kernel would reach a tensor of a parameter's through a copy.
 bool is_staged(const at::Tensor& param, const at::Tensor& tensor) { return needs_staging(tensor, walk_strides(param)); }
 
+// Asked of the device itself and of no other, since the answer starts a context. A torch that does not see the device
+// (a CPU build, no driver) cannot select it, and cuda::obstacle() says what is amiss.
+std::string cuda_obstacle(c10::DeviceIndex index) {
+  c10::OptionalDeviceGuard guard;
+  if (c10::impl::hasDeviceGuardImpl(c10::kCUDA) && index < c10::impl::getDeviceGuardImpl(c10::kCUDA)->deviceCount()) {
+    guard.reset_device(c10::Device(c10::kCUDA, index));
+  }
+  return cuda::obstacle(index);
+}
+
 }  // namespace
 }  // namespace fused_sgd
 
@@ -87,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("overlaps_itself", &overlaps_itself, "Whether two elements of a tensor share memory.");
 
   m.def("cuda_architectures", &cuda::architectures, "Compute capabilities the kernels were built for; may be empty.");
-  m.def("cuda_obstacle", &cuda::obstacle, "Why no kernel can run on this GPU, or an empty string.");
+  m.def("cuda_obstacle", &cuda_obstacle, "Why no kernel can run on this GPU, or an empty string.");
   m.def("relax_capture_mode", &cuda::relax_capture_mode, "Lets this thread allocate and wait while it captures.");
   m.def("restore_capture_mode", &cuda::restore_capture_mode, "Gives back what relax_capture_mode() returned.");
 

@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -220,7 +221,8 @@ uint8_t Plan::target_of(c10::Device device) {
   }
   TORCH_INTERNAL_ASSERT(targets_.size() < 256);
   targets_.emplace_back(device);
-  targets_.back().launcher = std::make_unique<cuda::Launcher>(device.index());
+  const auto release_cache = [] { c10::getDeviceAllocator(c10::kCUDA)->emptyCache(); };
+  targets_.back().launcher = std::make_unique<cuda::Launcher>(device.index(), release_cache);
   return static_cast<uint8_t>(targets_.size() - 1);
 }
 

@@ -12,6 +12,7 @@
 //   plan_walk.cpp     the step itself, and what comes after
 #pragma once
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/FunctionRef.h>
 #include <pybind11/pybind11.h>
 
@@ -198,6 +199,15 @@ class Plan {
   bool watches(PyObject* state) const;
   uint8_t target_of(c10::Device device);
   bool any_on_gpu() const;
+  // For each GPU that has something to do, which is the current device meanwhile.
+  template <class F>
+  void on_gpus(F f) {
+    for (Target& target : targets_) {
+      if (target.launcher == nullptr || target.packer.row_count() == 0) continue;
+      const c10::DeviceGuard guard(target.device);
+      f(target);
+    }
+  }
 
   std::vector<GroupEntry> groups_;
   // What a step replaced. It goes when the step is over: finalizers may run any Python code.

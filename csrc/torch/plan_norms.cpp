@@ -56,10 +56,9 @@ void Plan::measure_on_cpu(uint32_t row_begin, uint32_t row_end) {
 }
 
 void Plan::measure_on_gpus() {
-  for (Target& target : targets_) {
-    if (target.launcher == nullptr || target.packer.row_count() == 0) continue;
+  on_gpus([&](Target& target) {
     target.launcher->measure(target.packer, target.scalars, has_grad_scale_ ? &grad_scale_ : nullptr, target.stream);
-  }
+  });
   totals_known_ = true;
 }
 

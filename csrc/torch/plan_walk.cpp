@@ -29,8 +29,7 @@ constexpr int64_t kBatchElements = 1 << 18;
 // Everything about the GPUs that can fail, before the first write.
 void Plan::prepare_launches() {
   const at::NoGradGuard no_grad;
-  for (Target& target : targets_) {
-    if (target.launcher == nullptr || target.packer.row_count() == 0) continue;
+  on_gpus([&](Target& target) {
     target.stream = current_stream(target.device);
     const auto scalar = [&](const at::Tensor& given) {
       const bool as_it_is = !given.defined() || (given.device() == target.device && given.scalar_type() == at::kFloat);
@@ -43,21 +42,20 @@ void Plan::prepare_launches() {
     if (target.grad_scale.defined()) scalars.grad_scale = target.grad_scale.const_data_ptr<float>();
     if (target.found_inf.defined()) scalars.found_inf = target.found_inf.const_data_ptr<float>();
     if (target.packer.counts_steps()) scalars.ticket = target.launcher->ticket();
-    if (norms_ == cuda::Norms::None) continue;
+    if (norms_ == cuda::Norms::None) return;
     scalars.totals = target.launcher->totals();
     scalars.row_squares = target.launcher->row_squares();
     scalars.max_grad_norm = max_grad_norm_;
     scalars.skip_nonfinite = skip_nonfinite_;
     scalars.skipped_steps = skip_nonfinite_ ? target.launcher->skipped_steps() : nullptr;
-  }
+  });
 }
 
 void Plan::launch() {
-  for (Target& target : targets_) {
-    if (target.launcher == nullptr || target.packer.row_count() == 0) continue;
+  on_gpus([&](Target& target) {
     target.launcher->launch(target.packer, target.scalars, has_grad_scale_ ? &grad_scale_ : nullptr, target.stream);
     target.grad_scale = target.found_inf = at::Tensor();
-  }
+  });
 }
 
 // Runs run(begin, end) over chunks [begin, end), on as many threads as `work` elements are worth.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_sgd import FusedSGD
+from fused_sgd import FusedSGD, _new_state
 from torch import Tensor
 
 from support import assert_same, copies, make_params, same_bits
@@ -197,3 +197,18 @@ def test_momentum_buffers_made_during_a_capture_are_ordinary_memory() -> None:
     theirs.step()
     assert_same(mine, theirs, params, expected)
     del junk
+
+
+def test_a_buffer_made_during_a_capture_is_freed_behind_its_last_use() -> None:
+    """It was made on a side stream, to which its memory returns: not before the step that uses it is done."""
+    (p,) = fixed(1)
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9, fused=True)
+    graph = captured(optimizer)
+    address = optimizer.state[p]["momentum_buffer"].data_ptr()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)
+    graph.replay()
+    optimizer.state.clear()
+    with torch.cuda.stream(_new_state._side_streams[p.device]):
+        other = torch.empty_like(p)
+    assert other.data_ptr() != address

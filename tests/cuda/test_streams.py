@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from fused_sgd import FusedSGD
@@ -149,6 +152,26 @@ def test_another_device_than_the_current_one() -> None:
         mine.step()
         theirs.step()
     assert_same(mine, theirs, params, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it needs two GPUs")
+def test_a_process_that_uses_one_device_starts_no_context_on_another() -> None:
+    script = """
+import torch
+from fused_sgd import FusedSGD
+params = [torch.ones(i % 9 + 1, device="cuda:1", requires_grad=True) for i in range(1200)]
+for p in params:
+    p.grad = torch.ones_like(p)
+optimizer = FusedSGD(params, lr=0.1, momentum=0.9, max_grad_norm=1.0, fused=True)
+for _ in range(2):
+    optimizer.step()
+del optimizer
+torch.cuda.synchronize(1)
+assert torch._C._cuda_hasPrimaryContext(1)
+assert not torch._C._cuda_hasPrimaryContext(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_cpu_and_gpu_in_one_optimizer() -> None:

@@ -346,6 +346,13 @@ int main() {
   CHECK(cuda::choose_log2_chunk(uint64_t{528} << 13, 528) == 13);
   CHECK(cuda::choose_log2_chunk(uint64_t{1} << 40, 528) == 14);
 
+  // The longest tensor that a packer takes is within a grid's 2^31 - 1 blocks.
+  TablePacker packer;
+  packer.start(3);
+  packer.add_row(int64_t{0xFFFFFFFF} << kLog2Tile, packer.add_group(Group()), 0);
+  packer.rechunk(cuda::choose_log2_chunk(static_cast<uint64_t>(packer.elements()), 528));
+  CHECK(packer.table().chunk_count() == 1u << 30);
+
   std::printf("grid: %d failures\n", failures);
   return failures;
 }
