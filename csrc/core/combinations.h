@@ -73,9 +73,7 @@ enum Line : int {
 };
 
 template <class P>
-constexpr bool counts_steps() {
-  return requires(void* const* columns) { P::count_step(columns); };
-}
+inline constexpr bool kCountsSteps = requires(void* const* columns) { P::count_step(columns); };
 
 struct Combination {
   const char* parameter;  // the formats' names
@@ -92,7 +90,7 @@ struct Combination {
 };
 
 inline constexpr Combination kCombinations[] = {
-#define FSGD_COMBINATION(P, G, M) {#P, #G, #M, P::kColumns, M::kColumns, sizeof(P::Acc) == 8, counts_steps<P>()},
+#define FSGD_COMBINATION(P, G, M) {#P, #G, #M, P::kColumns, M::kColumns, sizeof(P::Acc) == 8, kCountsSteps<P>},
     FSGD_COMBINATIONS(FSGD_COMBINATION)
 #undef FSGD_COMBINATION
 };
@@ -110,7 +108,7 @@ constexpr int find_combination(std::string_view parameter, std::string_view grad
 
 template <class P>
 FSGD_INLINE void count_step_of(void* const* columns) {
-  if constexpr (counts_steps<P>()) P::count_step(columns);
+  if constexpr (kCountsSteps<P>) P::count_step(columns);
 }
 
 // After a step of one row that was not skipped.

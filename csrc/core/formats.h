@@ -26,7 +26,8 @@
 // Tensors in such a format are whole blocks. Only a momentum buffer may have one.
 //
 // A parameter's format may also have
-//   kBatch                  store_pack of so many elements, from a multiple of it on, is much cheaper than single ones
+//   kBatch                  store_pack of so many elements is much cheaper than single ones. Packs of such a format
+//                           begin at multiples of their size, counted from logical element 0
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //
 // A new format is a class and its lines in combinations.h.
@@ -115,6 +116,15 @@ struct Plain {
     column.store_pack(i, wide, pack);
   }
 };
+
+// How many elements a format stores together, or wants to.
+template <class F>
+constexpr int batch_of() {
+  if constexpr (requires { F::kBatch; }) return F::kBatch;
+  return F::kBlock;
+}
+template <class F>
+inline constexpr int kBatchOf = batch_of<F>();
 
 template <class T>
 FSGD_INLINE T identity(T x) {

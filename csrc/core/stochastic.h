@@ -144,11 +144,7 @@ struct Stochastic {
   }
   template <int n>
   FSGD_INLINE void store_pack(int64_t i, bool wide, float (&x)[n]) const {
-    if (n % RandomBits<Draw>::kPerCall != 0 || i % n != 0) {  // a tensor that does not begin at a 16-byte boundary
-      FSGD_UNROLL
-      for (int k = 0; k < n; ++k) x[k] = store(i + k, x[k]);
-      return;
-    }
+    static_assert(n % RandomBits<Draw>::kPerCall == 0);
     const auto draws = random.template draws<n>(i);
     Packed<n> pack;
     FSGD_UNROLL

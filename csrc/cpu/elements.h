@@ -55,20 +55,13 @@ void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>&
   }
 }
 
-// How many elements a format wants to store together, for other reasons than the hardware's.
-template <class F>
-constexpr int batch_of() {
-  if constexpr (requires { F::kBatch; }) return F::kBatch;
-  return F::kBlock;
-}
-
 // The same where some format stores elements together: load -> rule -> reduce over the block -> store. Ranges begin at
 // a batch's first element, because chunks are multiples of every batch; and tensors in blocks are whole blocks.
 template <class P, class G, class M, class K>
 void walk_batches(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
                   int64_t end) {
   using Acc = typename P::Acc;
-  constexpr int kBatch = batch_of<P>() > batch_of<M>() ? batch_of<P>() : batch_of<M>();
+  constexpr int kBatch = kBatchOf<P> > kBatchOf<M> ? kBatchOf<P> : kBatchOf<M>;
   const P param(columns);
   const G grad(columns + P::kColumns);
   const M momentum(columns + P::kColumns + G::kColumns);
@@ -93,7 +86,7 @@ void walk_batches(void* const* columns, const Hyperparameters<typename P::Acc>& 
       p[k] = param.load(i + k);
       update(h, static_cast<Acc>(grad.load(i + k)), p[k], K::kMomentum ? b[k] : none);
     }
-    if constexpr (batch_of<P>() > 1) {
+    if constexpr (kBatchOf<P> > 1) {
       if (count == kBatch) {
         param.store_pack(i, false, p);
       } else {

@@ -65,7 +65,8 @@ class ThreadWalk {
         h_(hyperparameters) {}
 
   // Chunk number `chunk` of this tensor. Heads are peeled per tensor: its first chunk is longer by the elements before
-  // the first 16-byte boundary, and all others begin on one. But blocks count from element 0, whatever its address.
+  // the first 16-byte boundary, and all others begin on one. But batches and blocks count from element 0, whatever its
+  // address.
   FSGD_INLINE void chunk(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
     if constexpr (M::kBlock == 1) {
       chunk_of_elements(chunk, chunk_elements, length, thread);
@@ -175,7 +176,9 @@ class ThreadWalk {
 
   // The narrowest column decides: where all columns can be aligned at once, only its head does it.
   FSGD_INLINE int64_t elements_before_packs() const {
-    if constexpr (P::kBytes * kPack == 16) {
+    if constexpr (kBatchOf<P> > 1) {
+      return 0;
+    } else if constexpr (P::kBytes * kPack == 16) {
       return param_.until_aligned();
     } else if constexpr (G::kBytes * kPack == 16) {
       return grad_.until_aligned();
