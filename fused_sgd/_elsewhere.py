@@ -84,7 +84,7 @@ def _by_reference(
     kept = storage(options, param)
     inner = state.get(param, {})
     weights = _weights(param, inner, kept)
-    buffer, ema = _momentum(param, inner, kept), inner.get("ema")
+    buffer = _momentum(param, inner, kept)
     new_buffer = sgd_update(
         weights,
         grad,
@@ -97,8 +97,8 @@ def _by_reference(
         **{key: options[key] for key in _HYPERPARAMETERS},
     )
     _store_weights(param, weights, inner, kept)
-    if ema is not None:
-        average(ema, weights if kept.has_master else param, options["ema_decay"])
+    if options["ema_decay"] is not None:
+        average(inner["ema"], weights if kept.has_master else param, options["ema_decay"])
     if options["momentum"] != 0:
         _store_momentum(param, new_buffer, state[param], kept)
 
@@ -128,7 +128,7 @@ def _store_weights(param: Tensor, weights: Tensor, inner: dict[str, Any], kept: 
         local(inner["remainder"]).copy_(low)
     else:
         p.copy_(round_stochastically(w, p, inner["rounding"]))
-        inner["rounding"][2] += 1
+        inner["rounding"][2] += 1 if p.numel() else 0  # a tensor without elements has no row in the kernel's table
 
 
 def _momentum(param: Tensor, inner: dict[str, Any], kept: Storage) -> Tensor | None:

@@ -11,6 +11,13 @@ struct Column {
 
   FSGD_INLINE explicit Column(void* column) : data(static_cast<Element*>(column)) {}
 
+  // Two elements of 16 bits, the first one in the lower half.
+  typedef uint32_t Word __attribute__((aligned(2), may_alias));
+  FSGD_INLINE Word& word(int64_t i) const {
+    static_assert(sizeof(Element) == 2);
+    return *reinterpret_cast<Word*>(data + i);
+  }
+
   FSGD_INLINE uint32_t until_aligned() const {  // elements before the first 16-byte boundary
     return static_cast<uint32_t>(-reinterpret_cast<uintptr_t>(data) % 16 / sizeof(Element));
   }
@@ -21,22 +28,39 @@ struct Column {
   struct alignas(n * sizeof(Element) < 16 ? n * sizeof(Element) : 16) Packed {
     Element element[n];
   };
+  // wide: in one access, or as few as can be, since element i is aligned. The host only checks that it is.
   template <int n>
   FSGD_INLINE Packed<n> load_pack(int64_t i, bool wide) const {
-    if (wide) return *reinterpret_cast<const Packed<n>*>(data + i);
     Packed<n> pack;
+#if defined(__CUDA_ARCH__)
+    if (wide) return *reinterpret_cast<const Packed<n>*>(data + i);
     FSGD_UNROLL
     for (int k = 0; k < n; ++k) pack.element[k] = data[i + k];
+#else
+    check_alignment<n>(i, wide);
+    __builtin_memcpy(&pack, data + i, sizeof(pack));
+#endif
     return pack;
   }
   template <int n>
   FSGD_INLINE void store_pack(int64_t i, bool wide, const Packed<n>& pack) const {
+#if defined(__CUDA_ARCH__)
     if (wide) {
       *reinterpret_cast<Packed<n>*>(data + i) = pack;
     } else {
       FSGD_UNROLL
       for (int k = 0; k < n; ++k) data[i + k] = pack.element[k];
     }
+#else
+    check_alignment<n>(i, wide);
+    __builtin_memcpy(data + i, &pack, sizeof(pack));
+#endif
+  }
+
+ private:
+  template <int n>
+  FSGD_INLINE void check_alignment(int64_t i, bool wide) const {
+    if (wide && reinterpret_cast<uintptr_t>(data + i) % alignof(Packed<n>) != 0) __builtin_trap();
   }
 };
 

@@ -97,6 +97,9 @@ inline constexpr Combination kCombinations[] = {
 
 inline constexpr int kCombinationCount = sizeof(kCombinations) / sizeof(kCombinations[0]);
 
+// Lines before this one have formats of one number an element, and the momentum in the parameter's.
+inline constexpr int kPlainCount = Line_Float32_Float32_BFloat16;
+
 // The line's number, or -1 when the combination is not supported.
 constexpr int find_combination(std::string_view parameter, std::string_view gradient, std::string_view momentum) {
   for (int i = 0; i < kCombinationCount; ++i) {

@@ -23,15 +23,23 @@
 //   store(i, x, reduction)  element i, once its whole block was reduced
 //   store_pack(i, wide, x, reduction)  n elements of one block
 //   finish(block, reduction)  what is stored once a block (its scale)
+//   load_block(block, x[kBlock]), store_block(block, x[kBlock])   all of that, for a CPU
 // Tensors in such a format are whole blocks. Only a momentum buffer may have one.
 //
-// A parameter's format may also have
+// A format of 16-bit columns alone may have load_pair(i, x[2]) and store_pair(i, x[2]): elements i and i + 1, x as for
+// packs. A parameter's format may also have
 //   kBatch                  store_pack of so many elements is much cheaper than single ones. Packs of such a format
 //                           begin at multiples of their size, counted from logical element 0
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //
 // A new format is a class and its lines in combinations.h.
 #pragma once
+
+#if defined(__F16C__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
+
+#include <type_traits>
 
 #include "column.h"
 
@@ -74,6 +82,58 @@ FSGD_INLINE uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
+// Many conversions at once, where a processor has an instruction for it that compilers do not find.
+#if defined(__F16C__) && !defined(__CUDACC__)
+inline constexpr bool kHasFloat16Instructions = true;
+FSGD_INLINE void convert_eight(const uint16_t* half, float* x) {
+  _mm256_storeu_ps(x, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half))));
+}
+FSGD_INLINE void convert_eight(const float* x, uint16_t* half) {
+  const __m256 values = _mm256_loadu_ps(x);
+  const __m128i converted = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  const __m128i nans = _mm_packs_epi32(_mm256_castsi256_si128(nan), _mm256_extracti128_si256(nan, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(half), _mm_blendv_epi8(converted, _mm_set1_epi16(0x7E00), nans));
+}
+#else
+inline constexpr bool kHasFloat16Instructions = false;
+inline void convert_eight(const uint16_t*, float*) {}
+inline void convert_eight(const float*, uint16_t*) {}
+#endif
+
+template <auto kDecode, class Element, class Acc, int n>
+FSGD_INLINE void decode(const Element (&stored)[n], Acc (&x)[n]) {
+  if constexpr (kHasFloat16Instructions && std::is_same_v<decltype(kDecode), float (*)(uint16_t)> && n % 8 == 0) {
+    if constexpr (kDecode == float16_to_float) {
+      for (int k = 0; k < n; k += 8) convert_eight(stored + k, x + k);
+      return;
+    }
+  }
+  FSGD_UNROLL
+  for (int k = 0; k < n; ++k) x[k] = kDecode(stored[k]);
+}
+
+template <auto kEncode, class Element, class Acc, int n>
+FSGD_INLINE void encode(const Acc (&x)[n], Element (&stored)[n]) {
+  if constexpr (kHasFloat16Instructions && std::is_same_v<decltype(kEncode), uint16_t (*)(float)> && n % 8 == 0) {
+    if constexpr (kEncode == float_to_float16) {
+      for (int k = 0; k < n; k += 8) convert_eight(x + k, stored + k);
+      return;
+    }
+  }
+  FSGD_UNROLL
+  for (int k = 0; k < n; ++k) stored[k] = kEncode(x[k]);
+}
+
+// How many elements are best stored together for the sake of such an instruction.
+template <class Element, class Acc>
+constexpr int batch_for(Acc (*decode_one)(Element)) {
+  if constexpr (kHasFloat16Instructions && std::is_same_v<Element, uint16_t>) {
+    return decode_one == float16_to_float ? 16 : 1;
+  }
+  return 1;
+}
+
 // A format whose element is one number in one column.
 template <class Element, class AccType, AccType (*kDecode)(Element), Element (*kEncode)(AccType)>
 struct Plain {
@@ -81,6 +141,7 @@ struct Plain {
   static constexpr int kColumns = 1;
   static constexpr int kBytes = sizeof(Element);
   static constexpr int kBlock = 1;
+  static constexpr int kBatch = batch_for<Element, Acc>(kDecode);
 
   Column<Element> column;
 
@@ -102,17 +163,13 @@ struct Plain {
   }
   template <int n>
   FSGD_INLINE static void unpack(const Packed<n>& pack, Acc (&x)[n]) {
-    FSGD_UNROLL
-    for (int k = 0; k < n; ++k) x[k] = kDecode(pack.element[k]);
+    decode<kDecode>(pack.element, x);
   }
   template <int n>
   FSGD_INLINE void store_pack(int64_t i, bool wide, Acc (&x)[n]) const {
     Packed<n> pack;
-    FSGD_UNROLL
-    for (int k = 0; k < n; ++k) {
-      pack.element[k] = kEncode(x[k]);
-      x[k] = kDecode(pack.element[k]);
-    }
+    encode<kEncode>(x, pack.element);
+    decode<kDecode>(pack.element, x);
     column.store_pack(i, wide, pack);
   }
 };
@@ -133,7 +190,27 @@ FSGD_INLINE T identity(T x) {
 
 using Float64 = Plain<double, double, identity<double>, identity<double>>;
 using Float32 = Plain<float, float, identity<float>, identity<float>>;
-using BFloat16 = Plain<uint16_t, float, bfloat16_to_float, float_to_bfloat16>;
+
+// Two neighbours in one word are decoded and rounded where they stand: a CPU's loop over words needs none of the
+// instructions that widen and pack 16-bit numbers.
+struct BFloat16 : Plain<uint16_t, float, bfloat16_to_float, float_to_bfloat16> {
+  using Plain::Plain;
+  FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const {
+    const uint32_t word = column.word(i);
+    x[0] = bit_cast<float>(word << 16);
+    x[1] = bit_cast<float>(word & 0xFFFF0000u);
+  }
+  FSGD_INLINE void store_pair(int64_t i, float (&x)[2]) const {
+    column.word(i) = rounded(x[0]) >> 16 | (rounded(x[1]) & 0xFFFF0000u);
+    load_pair(i, x);
+  }
+
+ private:
+  FSGD_INLINE static uint32_t rounded(float x) {  // float_to_bfloat16() in the upper half
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    return x != x ? 0x7FC00000u : bits + 0x7FFFu + (bits >> 16 & 1u);
+  }
+};
 using Float16 = Plain<uint16_t, float, float16_to_float, float_to_float16>;
 
 }  // namespace fused_sgd

@@ -51,6 +51,30 @@ struct Int8Momentum {
   }
   FSGD_INLINE void finish(int64_t block, Reduction reduction) const { scales[block] = scale(reduction); }
 
+  FSGD_INLINE void load_block(int64_t block, float (&x)[kBlock]) const {
+    const float scale = scales[block];
+    const int8_t* code = codes.data + block * kBlock;
+    if (scale != scale) {
+      for (int k = 0; k < kBlock; ++k) x[k] = scale;
+    } else {
+      for (int k = 0; k < kBlock; ++k) x[k] = multiply(static_cast<float>(code[k]), scale);
+    }
+  }
+  FSGD_INLINE void store_block(int64_t block, const float (&x)[kBlock]) const {
+    Reduction reduction;
+    for (int k = 0; k < kBlock; ++k) reduce(reduction, x[k]);
+    const float inverse = this->inverse(reduction);
+    int8_t* code = codes.data + block * kBlock;
+    if (inverse == 0.0f) {
+      for (int k = 0; k < kBlock; ++k) code[k] = 0;
+    } else {
+      for (int k = 0; k < kBlock; ++k) {
+        code[k] = static_cast<int8_t>(static_cast<uint8_t>(bit_cast<uint32_t>(multiply(x[k], inverse) + 12582912.0f)));
+      }
+    }
+    finish(block, reduction);
+  }
+
   FSGD_INLINE uint32_t until_aligned() const { return codes.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return codes.aligned(i); }
   // n elements of one block.

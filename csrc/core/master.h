@@ -2,6 +2,7 @@
 // writes both.
 #pragma once
 
+#include "formats.h"
 #include "split.h"
 
 namespace fused_sgd {
@@ -13,6 +14,7 @@ struct Master {
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 6;
   static constexpr int kBlock = 1;
+  static constexpr int kBatch = kHasFloat16Instructions && kNarrow == float_to_float16 ? 16 : 1;
 
   Column<uint16_t> parameter;
   Column<float> master;
@@ -42,11 +44,9 @@ struct Master {
   FSGD_INLINE void store_pack(int64_t i, bool wide, const float (&x)[n]) const {
     Column<uint16_t>::Packed<n> narrow;
     Packed<n> exact;
+    encode<kNarrow>(x, narrow.element);
     FSGD_UNROLL
-    for (int k = 0; k < n; ++k) {
-      narrow.element[k] = kNarrow(x[k]);
-      exact.element[k] = x[k];
-    }
+    for (int k = 0; k < n; ++k) exact.element[k] = x[k];
     parameter.store_pack(i, wide, narrow);
     master.store_pack(i, wide, exact);
   }

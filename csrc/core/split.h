@@ -46,6 +46,16 @@ struct SplitBFloat16 {
     return x;
   }
 
+  FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const {
+    const uint32_t high = parameter.word(i), low = remainder.word(i);
+    x[0] = joined(high << 16, low << 16);
+    x[1] = joined(high & 0xFFFF0000u, low);
+  }
+  FSGD_INLINE void store_pair(int64_t i, const float (&x)[2]) const {
+    parameter.word(i) = rounded(x[0]) >> 16 | (rounded(x[1]) & 0xFFFF0000u);
+    remainder.word(i) = (bit_cast<uint32_t>(x[0]) & 0xFFFFu) | bit_cast<uint32_t>(x[1]) << 16;
+  }
+
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return parameter.aligned(i) && remainder.aligned(i); }
   template <int n>
@@ -73,6 +83,17 @@ struct SplitBFloat16 {
     }
     parameter.store_pack(i, wide, pack.high);
     remainder.store_pack(i, wide, pack.low);
+  }
+
+ private:
+  // join_split() and round_split() with the high part, and the low part given, in the upper half of a word.
+  FSGD_INLINE static float joined(uint32_t high, uint32_t low) {
+    const uint32_t number = high + static_cast<uint32_t>(static_cast<int32_t>(low) >> 16), nan = high | low >> 16;
+    return bit_cast<float>((high & 0x7FFFFFFFu) > 0x7F800000u ? nan : number);
+  }
+  FSGD_INLINE static uint32_t rounded(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    return x != x ? bits | 0x400000u : bits + 0x8000u;
   }
 };
 

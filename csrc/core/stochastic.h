@@ -139,8 +139,7 @@ struct Stochastic {
   }
   template <int n>
   FSGD_INLINE static void unpack(const Packed<n>& pack, float (&x)[n]) {
-    FSGD_UNROLL
-    for (int k = 0; k < n; ++k) x[k] = kDecode(pack.element[k]);
+    decode<kDecode>(pack.element, x);
   }
   template <int n>
   FSGD_INLINE void store_pack(int64_t i, bool wide, float (&x)[n]) const {
@@ -150,8 +149,8 @@ struct Stochastic {
     FSGD_UNROLL
     for (int k = 0; k < n; ++k) {
       pack.element[k] = kRound(x[k], draws.draw[k]);
-      x[k] = kDecode(pack.element[k]);
     }
+    unpack(pack, x);
     parameter.store_pack(i, wide, pack);
   }
 };

@@ -110,6 +110,7 @@ class TablePacker {
     elements_ = 0;
     only_combination_ = -1;
     counts_steps_ = false;
+    is_plain_ = true;
     restart_groups();
   }
 
@@ -137,6 +138,7 @@ class TablePacker {
     }
     elements_ += length;
     counts_steps_ = counts_steps_ || kCombinations[combination].counts_steps;
+    is_plain_ = is_plain_ && combination < kPlainCount;
     if (row_count_ == 0) {
       only_combination_ = static_cast<int>(combination);
     } else if (only_combination_ != static_cast<int>(combination)) {
@@ -180,6 +182,8 @@ class TablePacker {
   bool has_ema() const { return has_ema_; }
   // Whether some row's format counts steps.
   bool counts_steps() const { return counts_steps_; }
+  // Whether all rows are of plain combinations.
+  bool is_plain() const { return is_plain_; }
   // The combination that all rows have, or -1 when they differ.
   int only_combination() const { return only_combination_; }
 
@@ -203,6 +207,7 @@ class TablePacker {
   int only_combination_ = -1;
   bool has_ema_ = false;
   bool counts_steps_ = false;
+  bool is_plain_ = true;
 };
 
 }  // namespace fused_sgd

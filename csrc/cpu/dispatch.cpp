@@ -55,10 +55,12 @@ const std::vector<InstructionSet>& instruction_sets() {
        [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("fma");
+                __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
        }},
       {"avx2", walk_avx2, measure_avx2, true,
-       [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+       [] {
+         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+       }},
 #endif
 #if defined(__FMA__) || defined(__aarch64__)
       {"portable", walk_portable, measure_portable, true, [] { return true; }},

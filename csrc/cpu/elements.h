@@ -2,6 +2,8 @@
 // instruction set: internal linkage keeps each set's copy to itself.
 #pragma once
 
+#include <algorithm>
+
 #include "../core/formats.h"
 #include "../core/rule.h"
 #include "../core/squares.h"
@@ -34,6 +36,9 @@ FSGD_INLINE Hyperparameters<T> narrowed(Hyperparameters<T> h) {
   return h;
 }
 
+template <class F>
+inline constexpr bool kInPairs = requires(const F& format, float (&x)[2]) { format.load_pair(0, x); };
+
 // Elements [begin, end) of one tensor, where every format stores each element by itself.
 template <class P, class G, class M, class K>
 void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
@@ -55,62 +60,104 @@ void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>&
   }
 }
 
+// The same, two at a time.
+template <class P, class G, class M, class K>
+void walk_pairs(void* const* columns, const Hyperparameters<float>& hyperparameters, int64_t begin, int64_t end) {
+  const P param(columns);
+  const G grad(columns + P::kColumns);
+  const M momentum(columns + P::kColumns + G::kColumns);
+  float* ema = K::kEma ? static_cast<float*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
+  const Hyperparameters<float> h = narrowed<K>(hyperparameters);
+#pragma GCC ivdep
+  for (int64_t i = begin; i < end - 1; i += 2) {
+    float p[2], g[2], b[2] = {};
+    param.load_pair(i, p);
+    grad.load_pair(i, g);
+    if constexpr (K::kMomentum) momentum.load_pair(i, b);
+    update(h, g[0], p[0], b[0]);
+    update(h, g[1], p[1], b[1]);
+    param.store_pair(i, p);
+    if constexpr (K::kMomentum) momentum.store_pair(i, b);
+    if constexpr (K::kEma) {
+      average(h, p[0], ema[i]);
+      average(h, p[1], ema[i + 1]);
+    }
+  }
+  if ((end - begin) % 2 != 0) walk_elements<P, G, M, K>(columns, hyperparameters, end - 1, end);
+}
+
+// A whole batch, element by element where the format has nothing better.
+template <class F, class T, int n>
+FSGD_INLINE void load_batch(const F& format, int64_t i, T (&x)[n]) {
+  if constexpr (kBatchOf<F> > 1) {
+    F::unpack(format.template load_pack<n>(i, false), x);
+  } else {
+    for (int k = 0; k < n; ++k) x[k] = format.load(i + k);
+  }
+}
+template <class F, class T, int n>
+FSGD_INLINE void store_batch(const F& format, int64_t i, T (&x)[n]) {
+  if constexpr (kBatchOf<F> > 1) {
+    format.store_pack(i, false, x);
+  } else {
+    for (int k = 0; k < n; ++k) x[k] = format.store(i + k, x[k]);
+  }
+}
+template <class M, int n>
+FSGD_INLINE void load_blocks(const M& momentum, int64_t i, float (&x)[n]) {
+  for (int first = 0; first < n; first += M::kBlock) {
+    momentum.load_block((i + first) / M::kBlock, *reinterpret_cast<float (*)[M::kBlock]>(x + first));
+  }
+}
+template <class M, int n>
+FSGD_INLINE void store_blocks(const M& momentum, int64_t i, const float (&x)[n]) {
+  for (int first = 0; first < n; first += M::kBlock) {
+    momentum.store_block((i + first) / M::kBlock, *reinterpret_cast<const float (*)[M::kBlock]>(x + first));
+  }
+}
+
 // The same where some format stores elements together: load -> rule -> reduce over the block -> store. Ranges begin at
 // a batch's first element, because chunks are multiples of every batch; and tensors in blocks are whole blocks.
 template <class P, class G, class M, class K>
 void walk_batches(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
                   int64_t end) {
   using Acc = typename P::Acc;
-  constexpr int kBatch = kBatchOf<P> > kBatchOf<M> ? kBatchOf<P> : kBatchOf<M>;
+  constexpr int kBatch = std::max({kBatchOf<P>, kBatchOf<G>, kBatchOf<M>});
   const P param(columns);
   const G grad(columns + P::kColumns);
   const M momentum(columns + P::kColumns + G::kColumns);
   Acc* ema = K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
   const Hyperparameters<Acc> h = narrowed<K>(hyperparameters);
-  alignas(64) Acc p[kBatch];
-  alignas(64) Acc b[kBatch];
-  const auto each_block = [](int count, auto f) __attribute__((always_inline)) {
-    for (int first = 0; first < count; first += M::kBlock) f(first);
-  };
-  const auto batch = [&](int64_t i, int count) __attribute__((always_inline)) {
-    if constexpr (K::kMomentum && M::kBlock == 1) {
-      for (int k = 0; k < count; ++k) b[k] = momentum.load(i + k);
+  const auto some = [&]<int n>(int64_t i) __attribute__((always_inline)) {
+    alignas(64) Acc p[n], b[n];
+    alignas(64) typename G::Acc g[n];
+    load_batch(param, i, p);
+    load_batch(grad, i, g);
+    if constexpr (K::kMomentum && M::kBlock > 1) {
+      load_blocks(momentum, i, b);
     } else if constexpr (K::kMomentum) {
-      each_block(count, [&](int first) __attribute__((always_inline)) {
-        const auto common = momentum.open((i + first) / M::kBlock);
-        for (int k = first; k < first + M::kBlock; ++k) b[k] = momentum.load(i + k, common);
-      });
+      load_batch(momentum, i, b);
     }
-    for (int k = 0; k < count; ++k) {
+    for (int k = 0; k < n; ++k) {
       Acc none = 0;
-      p[k] = param.load(i + k);
-      update(h, static_cast<Acc>(grad.load(i + k)), p[k], K::kMomentum ? b[k] : none);
+      update(h, static_cast<Acc>(g[k]), p[k], K::kMomentum ? b[k] : none);
     }
-    if constexpr (kBatchOf<P> > 1) {
-      if (count == kBatch) {
-        param.store_pack(i, false, p);
-      } else {
-        for (int k = 0; k < count; ++k) p[k] = param.store(i + k, p[k]);
-      }
-    } else {
-      for (int k = 0; k < count; ++k) p[k] = param.store(i + k, p[k]);
-    }
-    if constexpr (K::kMomentum && M::kBlock == 1) {
-      for (int k = 0; k < count; ++k) momentum.store(i + k, b[k]);
+    store_batch(param, i, p);
+    if constexpr (K::kMomentum && M::kBlock > 1) {
+      store_blocks(momentum, i, b);
     } else if constexpr (K::kMomentum) {
-      each_block(count, [&](int first) __attribute__((always_inline)) {
-        typename M::Reduction reduction{};
-        for (int k = first; k < first + M::kBlock; ++k) M::reduce(reduction, b[k]);
-        for (int k = first; k < first + M::kBlock; ++k) momentum.store(i + k, b[k], reduction);
-        momentum.finish((i + first) / M::kBlock, reduction);
-      });
+      store_batch(momentum, i, b);
     }
     if constexpr (K::kEma) {
-      for (int k = 0; k < count; ++k) average(h, p[k], ema[i + k]);
+      for (int k = 0; k < n; ++k) average(h, p[k], ema[i + k]);
     }
   };
-  for (; begin + kBatch <= end; begin += kBatch) batch(begin, kBatch);
-  if (begin < end) batch(begin, static_cast<int>(end - begin));
+  for (; begin + kBatch <= end; begin += kBatch) some.template operator()<kBatch>(begin);
+  if constexpr (M::kBlock > 1) {
+    for (; begin < end; begin += M::kBlock) some.template operator()<M::kBlock>(begin);
+  } else if (begin < end) {
+    walk_elements<P, G, M, K>(columns, hyperparameters, begin, end);
+  }
 }
 
 // The sum of squares of one tile, by the scheme of squares.h. load(i): element i of the tile, below `count`.

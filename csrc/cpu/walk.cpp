@@ -27,8 +27,10 @@ template <class P, class G, class M, bool kMomentum, bool kEma, bool kUsual>
 constexpr WalkElements<P, G, M> walk_of() {
   static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
   using K = Kind<kMomentum, kEma, kUsual>;
-  if constexpr (kBatchOf<P> > 1 || kBatchOf<M> > 1) {
+  if constexpr (kBatchOf<P> > 1 || kBatchOf<G> > 1 || kBatchOf<M> > 1) {
     return walk_batches<P, G, M, K>;
+  } else if constexpr (kInPairs<P> && kInPairs<G> && kInPairs<M>) {
+    return walk_pairs<P, G, M, K>;
   } else {
     return walk_elements<P, G, M, K>;
   }

@@ -20,6 +20,8 @@ constexpr int blocks_at_once(int combination, bool ema, bool table_in_memory) {
       return ema ? 3 : 4;
     case Line_BFloat16_BFloat16_BFloat16:
       return ema || table_in_memory ? 2 : 3;
+    case kAnyCombination:
+      return 1;
     default:
       return ema ? 1 : 2;
   }
@@ -61,13 +63,24 @@ struct Phase {
 };
 
 template <int kCombination, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, kCombination == kAnyCombination ? 2 : 4) void measure_gradients(
+__global__ __launch_bounds__(kThreads, kCombination < 0 ? 2 : 4) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
   const Table table = arguments.table();
   const Sums& sums = arguments.head.sums;
   measure_block<kCombination>(table, sums, blockIdx.x, memory, Phase());
   if (is_last_block(sums.ticket)) add_up(table, sums, memory, Phase());
+}
+
+// The kernel that walks a table best: of its one combination, where that has one, or of several.
+int kernel_for(const TablePacker& packer) {
+  switch (packer.only_combination()) {
+    case Line_Float32_Float32_Float32:
+    case Line_BFloat16_BFloat16_BFloat16:
+      return packer.only_combination();
+    default:
+      return packer.is_plain() ? kAnyPlain : kAnyCombination;
+  }
 }
 
 template <bool kEma, std::size_t kCapacity>
@@ -77,8 +90,14 @@ const void* step_kernel(int combination) {
       return reinterpret_cast<const void*>(&sgd_step<Line_Float32_Float32_Float32, kEma, kCapacity>);
     case Line_BFloat16_BFloat16_BFloat16:
       return reinterpret_cast<const void*>(&sgd_step<Line_BFloat16_BFloat16_BFloat16, kEma, kCapacity>);
+    case kAnyPlain:
+      return reinterpret_cast<const void*>(&sgd_step<kAnyPlain, kEma, kCapacity>);
     default:
-      return reinterpret_cast<const void*>(&sgd_step<kAnyCombination, kEma, kCapacity>);
+      if constexpr (kCapacity == kSmallCapacity) {
+        return nullptr;  // small tables take the large arguments
+      } else {
+        return reinterpret_cast<const void*>(&sgd_step<kAnyCombination, kEma, kCapacity>);
+      }
   }
 }
 
@@ -89,8 +108,14 @@ const void* measure_kernel(int combination) {
       return reinterpret_cast<const void*>(&measure_gradients<Line_Float32_Float32_Float32, kCapacity>);
     case Line_BFloat16_BFloat16_BFloat16:
       return reinterpret_cast<const void*>(&measure_gradients<Line_BFloat16_BFloat16_BFloat16, kCapacity>);
+    case kAnyPlain:
+      return reinterpret_cast<const void*>(&measure_gradients<kAnyPlain, kCapacity>);
     default:
-      return reinterpret_cast<const void*>(&measure_gradients<kAnyCombination, kCapacity>);
+      if constexpr (kCapacity == kSmallCapacity) {
+        return nullptr;  // small tables take the large arguments
+      } else {
+        return reinterpret_cast<const void*>(&measure_gradients<kAnyCombination, kCapacity>);
+      }
   }
 }
 
@@ -233,8 +258,8 @@ std::unique_ptr<Launcher::Memory> Launcher::allocate(std::size_t bytes) const {
 
 void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
   const std::size_t bytes = packed_bytes(packer);  // whatever the size of the chunks
-  const auto blocks = multiprocessors_ * static_cast<uint64_t>(blocks_at_once(
-                                             packer.only_combination(), packer.has_ema(), bytes > kLargeCapacity));
+  const auto blocks = multiprocessors_ * static_cast<uint64_t>(blocks_at_once(kernel_for(packer), packer.has_ema(),
+                                                                              bytes > kLargeCapacity));
   // A grid may have 2^31 - 1 blocks. The packer takes 2^32 chunks of the smallest size, and so large a table gets
   // chunks of the largest one, a fourth as many; more tensors than that no process has.
   packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks));
@@ -301,7 +326,7 @@ void Launcher::run(Pass pass, const TablePacker& packer, const Scalars& scalars,
                    Stream stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const dim3 blocks(packer.table().chunk_count());
-  const int combination = packer.only_combination();
+  const int combination = kernel_for(packer);
   const bool ema = packer.has_ema();
   const std::size_t bytes = packed_bytes(packer);
   const auto go = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
@@ -317,7 +342,7 @@ void Launcher::run(Pass pass, const TablePacker& packer, const Scalars& scalars,
     pack(packer, arguments.bytes);
     go(arguments);
   };
-  if (bytes <= kSmallCapacity) {
+  if (bytes <= kSmallCapacity && combination != kAnyCombination) {
     Arguments<kSmallCapacity> arguments;
     return with_table_in_arguments(arguments);
   }

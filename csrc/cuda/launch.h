@@ -31,8 +31,8 @@ class Launcher {
   Launcher& operator=(const Launcher&) = delete;
 
   // Chooses the size of the chunks; brings the table into device memory if it is too large for the arguments and not
-  // what the device already holds; makes room for the sums of measure(), if they are asked for, and for the ticket. Whatever can fail fails
-  // here, before anything is written.
+  // what the device already holds; makes room for the sums of measure(), if they are asked for, and for the ticket.
+  // Whatever can fail fails here, before anything is written.
   void prepare(TablePacker& packer, Stream stream, Norms norms);
   // The first pass, over what was prepared last: leaves its sums where totals() and row_squares() say.
   void measure(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);

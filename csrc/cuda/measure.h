@@ -137,9 +137,9 @@ template <int kCombination, class Each>
 FSGD_INLINE void measure_block(const Table& table, const Sums& sums, uint32_t block, BlockMemory& memory, Each each) {
   const uint32_t i = table.find_row(block);
   const int64_t chunk = block - table.chunk_begin(i);
-  const int line = kCombination == kAnyCombination ? static_cast<int>(table.row(i).combination()) : kCombination;
+  const int line = kCombination < 0 ? static_cast<int>(table.row(i).combination()) : kCombination;
 #define FSGD_MEASURE_ROW(P, G, M)                                                                      \
-  if constexpr (kCombination == kAnyCombination || kCombination == Line_##P##_##G##_##M) {             \
+  if constexpr (has_line(kCombination, Line_##P##_##G##_##M)) {                                        \
     if (line == Line_##P##_##G##_##M) return measure_chunk<P, G>(table, sums, i, chunk, memory, each); \
   }
   FSGD_COMBINATIONS(FSGD_MEASURE_ROW)

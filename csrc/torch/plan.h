@@ -54,9 +54,9 @@ class Plan {
 
   // A judgement of one parameter that has a gradient: walked by the kernel for as long as its tensors stay as they are,
   // or (combination < 0) left to Python for the step that follows at once.
-  // combination: its line of FSGD_COMBINATIONS. keys: (key, column, elementwise) for each state tensor: its place in the
-  // table's row, and whether it is walked in the parameter's strides. is_copy: the parameter is a copy of something in
-  // the state, and to be judged again when someone else has written it. new_states: tensors by key, to put into the
+  // combination: its line of FSGD_COMBINATIONS. keys: (key, column, elementwise) for each state tensor: its place in
+  // the table's row, and whether it is walked in the parameter's strides. is_copy: the parameter is a copy of something
+  // in the state, and to be judged again when someone else has written it. new_states: tensors by key, to put into the
   // state with the next step; or None.
   void admit(int64_t group, int64_t index, int combination, const pybind11::tuple& keys, bool is_copy,
              pybind11::object new_states);

@@ -122,7 +122,8 @@ void Plan::commit() {
   }
   if (any_staged_) unstage();
   if (any_copies_) {
-    for (const Active& a : active_) a.entry->version = a.param->unsafeGetTensorImpl()->version_counter().current_version();
+    for (const Active& a : active_)
+      a.entry->version = a.param->unsafeGetTensorImpl()->version_counter().current_version();
   }
   if (!written_moved_ && !grads_moved_ && installed_.empty()) return;
   for (const Active& a : active_) {
