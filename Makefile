@@ -2,7 +2,7 @@
 #
 #   make demo                trains on real data with torch's SGD and with ours, compares, draws runs/demo.png
 #   make test                the whole test suite
-#   make test-integrations   the same on torch $(TORCH_INTEGRATIONS), and tests with timm and torchvision
+#   make test-integrations   the same on torch $(TORCH_INTEGRATIONS) where that matters, and tests with timm and torchvision
 #   make bench               measures every optimizer, 10 minutes at most; QUICK=1 takes one
 #   make bench-report        benchmarks/REPORT.md and its plots, from all files in benchmarks/results
 #   make gpu-check           what only an NVIDIA GPU can show: builds, tests, sanitizers, benchmark (tests/gpu_check.py)
@@ -37,7 +37,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/pytest -n auto --ignore=tests/integrations
 
 test-integrations: $(VENV_INTEGRATIONS)/installed
-	$(VENV_INTEGRATIONS)/bin/pytest -n auto
+	$(VENV_INTEGRATIONS)/bin/pytest -n auto -m "not torch_free"
 
 bench: $(VENV)/installed $(VENV)/peers
 	$(VENV)/bin/python -m benchmarks all $(if $(QUICK),--quick)

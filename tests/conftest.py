@@ -12,6 +12,7 @@ from fused_sgd._native import C, why_missing
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 MARKS = {
+    "torch_free": "builds or runs what does not depend on torch's version, at length",
     "cpu_only": "of a module whose tests run on every device, one that says nothing about GPUs",
     "exclusive": "takes a GPU for itself; skipped by the workers of pytest-xdist",
     "sanitizer": "small enough for compute-sanitizer, which makes a kernel 10 to 100 times slower",
