@@ -163,12 +163,15 @@ def cast_buffer(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scale_shape(param: Tensor) -> torch.Size:
     """The shape of an int8 momentum's scales: ``(rows, blocks a row)``."""
-    return torch.Size((param.shape[0], param.shape[1:].numel() // INT8_BLOCK))
+    return torch.Size((param.shape[0] if param.dim() else 1, param.shape[1:].numel() // INT8_BLOCK))
 
 
 def to_blocks(param: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a momentum buffer."""
-    codes, scale = int8_quantize(local(buffer).to(torch.float32).contiguous())
+    """Codes and scales of a momentum buffer; blocks that have accumulated nothing stay so."""
+    wide, nothing = local(buffer).to(torch.float32), is_unset(local(buffer))
+    codes, scale = int8_quantize(wide.masked_fill(nothing, 0.0).contiguous())
+    empty = nothing.contiguous().view(*scale.shape, INT8_BLOCK).all(-1)
+    scale.view(torch.int32).masked_fill_(empty, int(fill_unset(torch.empty(1)).view(torch.int32)))
     return placed_like(param, codes), placed_like(param, scale, scale_shape(param))
 
 
@@ -183,6 +186,8 @@ def from_blocks(param: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 def convert(options: Group, param: Tensor, kept: dict[str, Any]) -> list[str]:
     """Brings a parameter's state, in place, into the formats that its group's options ask for.
 
+    What does not fit the parameter is left for the judge to refuse.
+
     Returns:
         What was converted, in words; empty where nothing had to be.
     """
@@ -194,7 +199,7 @@ def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wante
     codes, scale, buffer = (kept.get(key) for key in ("momentum_codes", "momentum_scale", "momentum_buffer"))
     target = wanted.momentum_dtype
     if isinstance(codes, Tensor) and isinstance(scale, Tensor):
-        if target == torch.int8:
+        if target == torch.int8 or codes.shape != param.shape or scale.shape != scale_shape(param):
             return []
         kept["momentum_buffer"] = cast_buffer(from_blocks(param, codes, scale), target)
         del kept["momentum_codes"], kept["momentum_scale"]
@@ -202,6 +207,8 @@ def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wante
     if not isinstance(buffer, Tensor) or not (buffer.is_floating_point() or buffer.is_complex()):
         return []
     if target == torch.int8:
+        if buffer.shape != param.shape or buffer.layout != torch.strided:
+            return []
         kept["momentum_codes"], kept["momentum_scale"] = to_blocks(param, buffer)
         del kept["momentum_buffer"]
         return [f"momentum from {buffer.dtype} to int8 blocks"]

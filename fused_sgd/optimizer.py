@@ -15,6 +15,7 @@ from fused_sgd._explain import Explanation, explain
 from fused_sgd._hyperparameters import (
     check_defaults,
     check_duplicates,
+    check_foreach,
     check_grad_scale,
     check_numbers,
     check_one_element,
@@ -22,7 +23,7 @@ from fused_sgd._hyperparameters import (
     check_same,
     check_storage,
 )
-from fused_sgd._judge import Judgement, gradient, judge, place, state_tensor
+from fused_sgd._judge import gradient, judge, place, state_tensor
 from fused_sgd._native import C
 from fused_sgd._new_state import new_state
 from fused_sgd._norms import Reduce, make_reduce, squares
@@ -361,31 +362,49 @@ class FusedSGD(Optimizer):
     def _admit(self, entries: list[tuple[int, int]]) -> None:
         """Judges parameters for the plan; all of them before the plan hears of any."""
         admissions = []
+        states = {}
         for group, index in entries:
-            judgement = self._judge(group, index)
             param = self.param_groups[group]["params"][index]
+            states[param] = self._converted(group, index)
+            judgement = judge(self.param_groups, group, index, {param: states[param][0]})
             new = {
                 key: new_state(key, param, self.param_groups, group)
                 for key, *_ in judgement.keys
-                if state_tensor(self.state, param, key) is None
+                if state_tensor({param: states[param][0]}, param, key) is None
             }
             admissions.append((group, index, judgement.combination, judgement.keys, judgement.is_copy, new or None))
         assert self._plan is not None
+        self._take_converted(states)
         for group, index, *_, is_copy, _ in admissions:
             if is_copy:
                 self._refresh(self.param_groups[group]["params"][index])
         for admission in admissions:
             self._plan.admit(*admission)
 
-    def _judge(self, group: int, index: int) -> Judgement:
-        """Judges a parameter whose state has, if need be, been brought into the formats that its group asks for."""
+    def _converted(self, group: int, index: int) -> tuple[Any, list[str]]:
+        """A parameter's state in the formats that its group asks for, for the judge to see, and what was converted.
+
+        It becomes the optimizer's only when every parameter was judged.
+        """
         options = self.param_groups[group]
+        check_foreach(options, f" (param group {group})")
         check_storage(options, f" (param group {group})")
         param = options["params"][index]
         kept = self.state.get(param)
-        if isinstance(kept, dict):
-            self._say_converted(convert(options, param, kept))
-        return judge(self.param_groups, group, index, self.state)
+        if not isinstance(kept, dict):
+            return kept, []
+        kept = dict(kept)
+        return kept, convert(options, param, kept)
+
+    def _take_converted(self, states: dict[Tensor, tuple[Any, list[str]]]) -> None:
+        said: list[str] = []
+        for param, (kept, changes) in states.items():
+            if changes:
+                inner = self.state[param]
+                inner.clear()
+                inner.update(kept)
+                said += changes
+        self._say_converted(said)
 
     def _refresh(self, param: Tensor) -> None:
         master = state_tensor(self.state, param, "master")
@@ -395,6 +414,7 @@ class FusedSGD(Optimizer):
     def _judge_all(self) -> list[tuple[int, int]]:
         """Judges every parameter that has a gradient; for steps without a plan."""
         entries = []
+        states: dict[Tensor, tuple[Any, list[str]]] = {}
         seen: set[Tensor] = set()
         check_same(self.param_groups)
         for group, options in enumerate(self.param_groups):
@@ -404,8 +424,10 @@ class FusedSGD(Optimizer):
                     raise RuntimeError(f"{place(self.param_groups, group, index)} is in the optimizer twice")
                 seen.add(param)
                 if param.grad is not None:
-                    self._judge(group, index)
+                    states[param] = self._converted(group, index)
+                    judge(self.param_groups, group, index, {param: states[param][0]})
                     entries.append((group, index))
+        self._take_converted(states)
         return entries
 
     # --- What a step found --------------------------------------------------------------------------------------------
@@ -472,7 +494,11 @@ class FusedSGD(Optimizer):
         Everything else is seen by itself. Where a float32 master does not round to its parameter, it becomes the
         parameter's value. (With ``master_weights="split"`` the parameter is a part of the master, and edits of it count
         at once.)
+
+        Raises:
+            RuntimeError: inside :meth:`swap_ema`, where parameters hold what is no master's.
         """
+        self._refuse_averages("refresh_master_weights()")
         for options in self.param_groups:
             for param in options["params"]:
                 self._refresh(param)

@@ -72,16 +72,20 @@ def test_the_path_is_the_running_optimizers(fused: bool | None) -> None:
         assert optimizer.param_groups[0]["lr"] == 0.3
 
 
-def test_loading_takes_the_parameters_dtype_and_device() -> None:
+def test_loading_keeps_a_momentum_that_is_wider_than_the_parameter() -> None:
     wide, narrow = make_params([(9,)]), make_params([(9,)], torch.bfloat16)
     source = FusedSGD(wide, lr=0.1, momentum=0.9)
     set_grads(wide, seed=0)
     source.step()
     target = FusedSGD(narrow, lr=0.1, momentum=0.9, fused=True)
     target.load_state_dict(source.state_dict())
-    assert target.state[narrow[0]]["momentum_buffer"].dtype == torch.bfloat16
     set_grads(narrow, seed=1)
     target.step()
+    assert target.state[narrow[0]]["momentum_buffer"].dtype == torch.float32
+    target.param_groups[0]["momentum_dtype"] = torch.bfloat16
+    with pytest.warns(UserWarning, match=r"momentum from torch\.float32 to torch\.bfloat16, of 1 parameters"):
+        target.step()
+    assert target.state[narrow[0]]["momentum_buffer"].dtype == torch.bfloat16
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written() -> None:
