@@ -160,7 +160,7 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor
     if _shares_elements(param):
         return "elements of it share memory (an expanded tensor?); give the optimizer a tensor of its own, by clone()"
     for key, tensor in kept.items():
-        if tensor is not None and (problem := _unsound_state(key, tensor, param, grad)):
+        if tensor is not None and (problem := unsound_state(key, tensor, param, grad)):
             return problem
     return ""
 
@@ -174,12 +174,12 @@ def _left_over(
     for key in ("momentum_buffer", "momentum_codes", "momentum_scale"):
         tensor = state_tensor(state, param, key)
         if key not in kept and tensor is not None:
-            problem = _unsound_state(key, tensor, param, grad)
+            problem = unsound_state(key, tensor, param, grad)
             return problem or f"its {key} cannot be converted to the momentum_dtype of its group ({describe(tensor)})"
     return ""
 
 
-def _unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
+def unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
     """What is wrong with a tensor of a parameter's state, or an empty string."""
     if not isinstance(tensor, Tensor):
         return f"its {key} is {tensor!r}, no tensor"

@@ -103,7 +103,8 @@ def unsound_options(options: Group, param: Tensor, grad: Tensor | None) -> str:
     if param.is_complex() and wanted not in (None, torch.int8):
         return f"momentum_dtype={wanted} is for real parameters, and it is {param.dtype}"
     kept = storage(options, param)
-    if grad is not None and grad.layout != torch.strided and (kept.beside or kept.momentum_dtype != param.dtype):
+    narrows = kept.momentum_dtype != param.dtype and options["momentum"] != 0
+    if grad is not None and grad.layout != torch.strided and (kept.beside or narrows):
         return "master_weights, momentum_dtype and stochastic_rounding do not support sparse gradients"
     return ""
 

@@ -23,7 +23,7 @@ from fused_sgd._hyperparameters import (
     check_same,
     check_storage,
 )
-from fused_sgd._judge import gradient, judge, place, state_tensor
+from fused_sgd._judge import gradient, judge, place, state_tensor, unsound_state
 from fused_sgd._native import C
 from fused_sgd._new_state import new_state
 from fused_sgd._norms import Reduce, make_reduce, squares
@@ -377,7 +377,7 @@ class FusedSGD(Optimizer):
         self._take_converted(states)
         for group, index, *_, is_copy, _ in admissions:
             if is_copy:
-                self._refresh(self.param_groups[group]["params"][index])
+                self._refresh(group, index)
         for admission in admissions:
             self._plan.admit(*admission)
 
@@ -406,10 +406,14 @@ class FusedSGD(Optimizer):
                 said += changes
         self._say_converted(said)
 
-    def _refresh(self, param: Tensor) -> None:
+    def _refresh(self, group: int, index: int) -> None:
+        param = self.param_groups[group]["params"][index]
         master = state_tensor(self.state, param, "master")
-        if master is not None:
-            refresh_master(param, master)
+        if master is None:
+            return
+        if problem := unsound_state("master", master, param, param):
+            raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
+        refresh_master(param, master)
 
     def _judge_all(self) -> list[tuple[int, int]]:
         """Judges every parameter that has a gradient; for steps without a plan."""
@@ -499,9 +503,9 @@ class FusedSGD(Optimizer):
             RuntimeError: inside :meth:`swap_ema`, where parameters hold what is no master's.
         """
         self._refuse_averages("refresh_master_weights()")
-        for options in self.param_groups:
-            for param in options["params"]:
-                self._refresh(param)
+        for group, options in enumerate(self.param_groups):
+            for index in range(len(options["params"])):
+                self._refresh(group, index)
 
     # --- Copies and checkpoints ---------------------------------------------------------------------------------------
 

@@ -100,6 +100,18 @@ def test_random_bits_differ_between_elements_parameters_and_steps(fused: bool) -
             assert 1700 < (a != b).sum().item() < 2400  # of 4096 with a half each: 2048 ± 5.5 standard deviations
 
 
+@FUSED
+@pytest.mark.parametrize("shape", [(0,), (0, 64), (3, 0), (), (1,)], ids=str)
+def test_steps_are_counted_alike(shape: tuple[int, ...], fused: bool) -> None:
+    """An empty parameter draws nothing and counts nothing, whatever the path."""
+    params = make_params([shape], torch.bfloat16)
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, stochastic_rounding=True, fused=fused)
+    for step in range(3):
+        set_grads(params, seed=step)
+        optimizer.step()
+    assert optimizer.state[params[0]]["rounding"].tolist() == [0, 0, 3 if params[0].numel() else 0, 0]
+
+
 @EACH_MODE
 def test_runs_repeat_whatever_the_threads(device: str, mode: str) -> None:
     dtype, options = MODES[mode]

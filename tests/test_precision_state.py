@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fused_sgd import FusedLARS, FusedSGD
+from fused_sgd import FusedSGD
 from fused_sgd.reference import fill_unset
 from precision_support import EACH_MODE, FUSED, MODES, SHAPES, Model, assert_alike, rounded
 from torch import Tensor, nn
 
-from support import Params, copies, make_params, same_bits, seeded, set_grads, snapshot
+from support import Params, copies, make_params, same_bits, seeded, set_grads
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -313,47 +313,3 @@ def test_int8_of_a_parameter_that_becomes_channels_last() -> None:
     with pytest.warns(UserWarning, match=INT8_TO_FP32):
         mine.step()
     torch.testing.assert_close(mine.state[p]["momentum_buffer"], before * 0.9)
-
-
-# --- Bad input --------------------------------------------------------------------------------------------------------
-
-NARROW = torch.bfloat16
-REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"momentum_dtype": torch.float64}, ValueError, "Invalid momentum_dtype: torch.float64"),
-    ({"momentum_dtype": torch.uint8}, ValueError, "Invalid momentum_dtype: torch.uint8"),
-    ({"momentum_dtype": "int8"}, ValueError, "Invalid momentum_dtype: 'int8'"),
-    ({"momentum_dtype": 8}, ValueError, "Invalid momentum_dtype: 8"),
-    ({"momentum_dtype": [torch.int8]}, ValueError, "Invalid momentum_dtype"),
-    ({"master_weights": "fp32"}, ValueError, "Invalid master_weights: 'fp32'"),
-    ({"master_weights": True}, ValueError, "Invalid master_weights: True"),
-    ({"master_weights": torch.bfloat16}, ValueError, "Invalid master_weights: torch.bfloat16"),
-    ({"stochastic_rounding": 1}, ValueError, "Invalid stochastic_rounding: 1"),
-    ({"stochastic_rounding": None}, ValueError, "Invalid stochastic_rounding: None"),
-    ({"stochastic_rounding": True, "master_weights": "split"}, RuntimeError, "exclude each other"),
-    ({"stochastic_rounding": True, "foreach": True}, RuntimeError, "no `stochastic_rounding`"),
-    ({"master_weights": "split", "foreach": True}, RuntimeError, "no `master_weights`"),
-    ({"momentum_dtype": torch.int8, "foreach": True}, RuntimeError, "no `momentum_dtype`"),
-    ({"master_weights": "split", "differentiable": True}, RuntimeError, "not support `master_weights`"),
-    ({"stochastic_rounding": True, "differentiable": True}, RuntimeError, "not support `stochastic_rounding`"),
-    ({"momentum_dtype": torch.bfloat16, "differentiable": True}, RuntimeError, "not support `momentum_dtype`"),
-]
-
-
-@pytest.mark.parametrize(("options", "kind", "text"), REFUSED, ids=str)
-def test_options_that_make_no_sense(options: dict[str, Any], kind: type[Exception], text: str) -> None:
-    """By the constructor, for a new param group, and when they are put into a group of a running optimizer."""
-    params = make_params([(3, 64)], NARROW)
-    for make in (FusedSGD, FusedLARS):
-        if make is FusedSGD or "foreach" not in options:
-            with pytest.raises(kind, match=text):
-                make(params, lr=0.1, momentum=0.9, **options)
-    optimizer = FusedSGD(params, lr=0.1, momentum=0.9)
-    with pytest.raises(kind, match=text):
-        optimizer.add_param_group({"params": make_params([(3,)]), **options})
-    assert len(optimizer.param_groups) == 1
-    train(optimizer, params, range(1))
-    optimizer.param_groups[0].update(options)
-    unchanged = snapshot(optimizer)
-    with pytest.raises(kind, match=text):
-        optimizer.step()
-    unchanged()
