@@ -84,7 +84,8 @@ def _by_reference(
     kept = storage(options, param)
     inner = state.get(param, {})
     weights = _weights(param, inner, kept)
-    buffer, ema = _momentum(param, inner, kept), inner.get("ema")
+    buffer = _momentum(param, inner, kept)
+    ema = None if options["ema_decay"] is None else inner.get("ema")  # it may have been turned off
     new_buffer = sgd_update(
         weights,
         grad,

@@ -467,7 +467,8 @@ class FusedSGD(Optimizer):
         values. Takes as much more memory as the parameters.
 
         Raises:
-            RuntimeError: inside it, for another ``swap_ema()``, ``step()``, ``state_dict()`` and ``load_state_dict()``.
+            RuntimeError: inside it, for another ``swap_ema()``, ``step()``, ``state_dict()``, ``load_state_dict()``,
+                ``refresh_master_weights()`` and copies of the optimizer.
         """
         self._refuse_averages("swap_ema()")
         averaged = []
@@ -536,6 +537,7 @@ class FusedSGD(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_averages("a copy")
         state: dict[str, Any] = super().__getstate__()
         return {**state, "_skipped": self.skipped_steps, "norm_process_group": Shared(self.norm_process_group)}
 

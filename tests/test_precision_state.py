@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from collections.abc import Callable
@@ -136,8 +137,11 @@ def test_masters_are_not_refreshed_inside_swap_ema() -> None:
     mine = FusedSGD([p], lr=0.1, master_weights="float32", ema_decay=0.9)
     train(mine, [p], range(3))
     unchanged = mine.state[p]["master"].clone()
-    with mine.swap_ema(), pytest.raises(RuntimeError, match=r"refresh_master_weights\(\) inside swap_ema"):
-        mine.refresh_master_weights()
+    with mine.swap_ema():
+        with pytest.raises(RuntimeError, match=r"refresh_master_weights\(\) inside swap_ema"):
+            mine.refresh_master_weights()
+        with pytest.raises(RuntimeError, match=r"a copy inside swap_ema"):  # it would take averages for weights
+            copy.deepcopy(mine)
     assert same_bits(mine.state[p]["master"], unchanged)
 
 
