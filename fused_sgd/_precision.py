@@ -184,16 +184,23 @@ def from_blocks(param: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 # --- From one to another ----------------------------------------------------------------------------------------------
 
 
-def convert(options: Group, param: Tensor, kept: dict[str, Any]) -> list[str]:
+def convert(options: Group, param: Tensor, kept: dict[str, Any], masters: bool = True) -> list[str]:
     """Brings a parameter's state, in place, into the formats that its group's options ask for.
 
     What does not fit the parameter is left for the judge to refuse.
+
+    Args:
+        options: the group's.
+        param: the parameter.
+        kept: its state.
+        masters: whether master weights, too. What they become depends on the parameter's value.
 
     Returns:
         What was converted, in words; empty where nothing had to be.
     """
     wanted = storage(options, param)
-    return _convert_momentum(options, param, kept, wanted) + _convert_master(param, kept, wanted)
+    said = _convert_momentum(options, param, kept, wanted)
+    return said + _convert_master(param, kept, wanted) if masters else said
 
 
 def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wanted: Storage) -> list[str]:

@@ -527,7 +527,7 @@ class FusedSGD(Optimizer):
         """Like :meth:`torch.optim.Optimizer.load_state_dict`, but for options that decide how a step is done.
 
         Those stay this optimizer's own. What was saved in another format than they ask for is converted, and a warning
-        says what.
+        says what: momentum now, master weights with the next step, when the model must have been loaded, too.
         """
         self._refuse_averages("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(lambda _, state: as_saved(state))
@@ -545,6 +545,8 @@ class FusedSGD(Optimizer):
         # Called for a copy or a pickle (with defaults), and by load_state_dict (without).
         running = [] if "defaults" in state else self.param_groups
         super().__setstate__(state)
+        for key in _STORAGE_KEYS:
+            self.defaults.setdefault(key, _OFF[key])  # a pickle may be older than they are
         unpack(self.state)
         for number, group in enumerate(self.param_groups):
             if "trust_coeff" not in self.defaults:
@@ -573,7 +575,8 @@ class FusedSGD(Optimizer):
             for param in options["params"]:
                 kept = self.state.get(param)
                 if isinstance(kept, dict):
-                    said += convert(options, param, kept)
+                    # Master weights wait for the next step: the model may be loaded after its optimizer.
+                    said += convert(options, param, kept, masters=False)
         self._say_converted(said)
 
     @staticmethod

@@ -261,6 +261,31 @@ def test_conversions(
         assert ("momentum_codes" in other.state[q]) == ("momentum_buffer" not in other.state[q]) == (not exact)
 
 
+@FUSED
+@pytest.mark.parametrize("model_first", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(SPLIT, MASTER), (MASTER, SPLIT)], ids=str)
+def test_masters_are_exact_whatever_is_loaded_first(
+    before: dict[str, Any], after: dict[str, Any], model_first: bool, fused: bool
+) -> None:
+    params = make_params([(3, 64), (33,)], torch.bfloat16)
+    mine = FusedSGD(params, lr=0.1, momentum=0.9, fused=fused, **before)
+    train(mine, params, range(3))
+    others = make_params([(3, 64), (33,)], torch.bfloat16, seed=1)
+    other = FusedSGD(others, lr=0.1, momentum=0.9, fused=fused, **after)
+    for what in ("model", "optimizer") if model_first else ("optimizer", "model"):
+        if what == "optimizer":
+            other.load_state_dict(saved_and_loaded(mine.state_dict()))
+        else:
+            for p, q in zip(params, others, strict=True):
+                by_copy(q, p.detach())
+    set_grads(params, others, seed=3)
+    mine.step()
+    with pytest.warns(UserWarning, match="converted master weights from .*, of 2 parameters"):
+        other.step()
+    for a, b in zip(masters_of(mine, params), masters_of(other, others), strict=True):
+        assert same_bits(a, b)
+
+
 def momentum_of(optimizer: FusedSGD, params: Params) -> list[Tensor]:
     found = []
     for p in params:
