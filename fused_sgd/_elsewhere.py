@@ -128,7 +128,8 @@ def _store_weights(param: Tensor, weights: Tensor, inner: dict[str, Any], kept: 
         local(inner["remainder"]).copy_(low)
     else:
         p.copy_(round_stochastically(w, p, inner["rounding"]))
-        inner["rounding"][2] += 1 if p.numel() else 0  # a tensor without elements has no row in the kernel's table
+        if p.numel():  # the kernel has no row for an empty one
+            inner["rounding"][2] += 1
 
 
 def _momentum(param: Tensor, inner: dict[str, Any], kept: Storage) -> Tensor | None:

@@ -84,7 +84,7 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     grad = gradient(param)
     check_foreach(options, f" (param group {group})")
     kept = state_tensors(options, param, state)
-    problem = _unsound(options, param, grad, kept)
+    problem = _unsound(options, param, grad, kept) or _left_over(options, param, grad, kept, state)
     if problem:
         raise RuntimeError(f"{place(groups, group, index)}: {problem}")
     judgement = choose(options, param, grad, kept)
@@ -160,12 +160,26 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor
     if _shares_elements(param):
         return "elements of it share memory (an expanded tensor?); give the optimizer a tensor of its own, by clone()"
     for key, tensor in kept.items():
-        if tensor is not None and (problem := _unsound_state(key, tensor, param, grad)):
+        if tensor is not None and (problem := unsound_state(key, tensor, param, grad)):
             return problem
     return ""
 
 
-def _unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
+def _left_over(
+    options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor | None], state: dict[Tensor, Any]
+) -> str:
+    """What is wrong with a momentum in another format than the step's, which could not be converted; or nothing."""
+    if options["momentum"] == 0:
+        return ""
+    for key in ("momentum_buffer", "momentum_codes", "momentum_scale"):
+        tensor = state_tensor(state, param, key)
+        if key not in kept and tensor is not None:
+            problem = unsound_state(key, tensor, param, grad)
+            return problem or f"its {key} cannot be converted to the momentum_dtype of its group ({describe(tensor)})"
+    return ""
+
+
+def unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
     """What is wrong with a tensor of a parameter's state, or an empty string."""
     if not isinstance(tensor, Tensor):
         return f"its {key} is {tensor!r}, no tensor"

@@ -103,7 +103,8 @@ def unsound_options(options: Group, param: Tensor, grad: Tensor | None) -> str:
     if param.is_complex() and wanted not in (None, torch.int8):
         return f"momentum_dtype={wanted} is for real parameters, and it is {param.dtype}"
     kept = storage(options, param)
-    if grad is not None and grad.layout != torch.strided and (kept.beside or kept.momentum_dtype != param.dtype):
+    narrows = kept.momentum_dtype != param.dtype and options["momentum"] != 0
+    if grad is not None and grad.layout != torch.strided and (kept.beside or narrows):
         return "master_weights, momentum_dtype and stochastic_rounding do not support sparse gradients"
     return ""
 
@@ -163,12 +164,15 @@ def cast_buffer(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scale_shape(param: Tensor) -> torch.Size:
     """The shape of an int8 momentum's scales: ``(rows, blocks a row)``."""
-    return torch.Size((param.shape[0], param.shape[1:].numel() // INT8_BLOCK))
+    return torch.Size((param.shape[0] if param.dim() else 1, param.shape[1:].numel() // INT8_BLOCK))
 
 
 def to_blocks(param: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a momentum buffer."""
-    codes, scale = int8_quantize(local(buffer).to(torch.float32).contiguous())
+    """Codes and scales of a momentum buffer; blocks that have accumulated nothing stay so."""
+    wide, nothing = local(buffer).to(torch.float32), is_unset(local(buffer))
+    codes, scale = int8_quantize(wide.masked_fill(nothing, 0.0).contiguous())
+    empty = nothing.contiguous().view(*scale.shape, INT8_BLOCK).all(-1)
+    scale.view(torch.int32).masked_fill_(empty, int(fill_unset(torch.empty(1)).view(torch.int32)))
     return placed_like(param, codes), placed_like(param, scale, scale_shape(param))
 
 
@@ -180,21 +184,30 @@ def from_blocks(param: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 # --- From one to another ----------------------------------------------------------------------------------------------
 
 
-def convert(options: Group, param: Tensor, kept: dict[str, Any]) -> list[str]:
+def convert(options: Group, param: Tensor, kept: dict[str, Any], masters: bool = True) -> list[str]:
     """Brings a parameter's state, in place, into the formats that its group's options ask for.
+
+    What does not fit the parameter is left for the judge to refuse.
+
+    Args:
+        options: the group's.
+        param: the parameter.
+        kept: its state.
+        masters: whether master weights, too. What they become depends on the parameter's value.
 
     Returns:
         What was converted, in words; empty where nothing had to be.
     """
     wanted = storage(options, param)
-    return _convert_momentum(options, param, kept, wanted) + _convert_master(param, kept, wanted)
+    said = _convert_momentum(options, param, kept, wanted)
+    return said + _convert_master(param, kept, wanted) if masters else said
 
 
 def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wanted: Storage) -> list[str]:
     codes, scale, buffer = (kept.get(key) for key in ("momentum_codes", "momentum_scale", "momentum_buffer"))
     target = wanted.momentum_dtype
     if isinstance(codes, Tensor) and isinstance(scale, Tensor):
-        if target == torch.int8:
+        if target == torch.int8 or codes.shape != param.shape or scale.shape != scale_shape(param):
             return []
         kept["momentum_buffer"] = cast_buffer(from_blocks(param, codes, scale), target)
         del kept["momentum_codes"], kept["momentum_scale"]
@@ -202,6 +215,8 @@ def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wante
     if not isinstance(buffer, Tensor) or not (buffer.is_floating_point() or buffer.is_complex()):
         return []
     if target == torch.int8:
+        if buffer.shape != param.shape or buffer.layout != torch.strided:
+            return []
         kept["momentum_codes"], kept["momentum_scale"] = to_blocks(param, buffer)
         del kept["momentum_buffer"]
         return [f"momentum from {buffer.dtype} to int8 blocks"]

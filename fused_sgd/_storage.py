@@ -30,10 +30,16 @@ def split_round(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_join(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 values that :func:`split_round` took apart."""
+    """The float32 values that :func:`split_round` took apart.
+
+    Someone else may have written a zero or an infinity beside a remainder that belongs to no such value: it then counts
+    as 0, where the sum would be a NaN.
+    """
     upper = high.view(torch.int16).to(torch.int32) << 16
     lower = low.to(torch.int32)
-    return torch.where(high.isnan(), upper | lower & 0xFFFF, upper + lower).view(torch.float32)
+    number = upper + lower
+    no_number = torch.where(high.isnan(), upper | lower & 0xFFFF, upper)
+    return torch.where(number & 0x7FFFFFFF > 0x7F800000, no_number, number).view(torch.float32)
 
 
 def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from fused_sgd._explain import Explanation, explain
 from fused_sgd._hyperparameters import (
     check_defaults,
     check_duplicates,
+    check_foreach,
     check_grad_scale,
     check_numbers,
     check_one_element,
@@ -22,7 +23,7 @@ from fused_sgd._hyperparameters import (
     check_same,
     check_storage,
 )
-from fused_sgd._judge import Judgement, gradient, judge, place, state_tensor
+from fused_sgd._judge import gradient, judge, place, state_tensor, unsound_state
 from fused_sgd._native import C
 from fused_sgd._new_state import new_state
 from fused_sgd._norms import Reduce, make_reduce, squares
@@ -361,40 +362,63 @@ class FusedSGD(Optimizer):
     def _admit(self, entries: list[tuple[int, int]]) -> None:
         """Judges parameters for the plan; all of them before the plan hears of any."""
         admissions = []
+        states = {}
         for group, index in entries:
-            judgement = self._judge(group, index)
             param = self.param_groups[group]["params"][index]
+            states[param] = self._converted(group, index)
+            judgement = judge(self.param_groups, group, index, {param: states[param][0]})
             new = {
                 key: new_state(key, param, self.param_groups, group)
                 for key, *_ in judgement.keys
-                if state_tensor(self.state, param, key) is None
+                if state_tensor({param: states[param][0]}, param, key) is None
             }
             admissions.append((group, index, judgement.combination, judgement.keys, judgement.is_copy, new or None))
         assert self._plan is not None
+        self._take_converted(states)
         for group, index, *_, is_copy, _ in admissions:
             if is_copy:
-                self._refresh(self.param_groups[group]["params"][index])
+                self._refresh(group, index)
         for admission in admissions:
             self._plan.admit(*admission)
 
-    def _judge(self, group: int, index: int) -> Judgement:
-        """Judges a parameter whose state has, if need be, been brought into the formats that its group asks for."""
+    def _converted(self, group: int, index: int) -> tuple[Any, list[str]]:
+        """A parameter's state in the formats that its group asks for, for the judge to see, and what was converted.
+
+        It becomes the optimizer's only when every parameter was judged.
+        """
         options = self.param_groups[group]
+        check_foreach(options, f" (param group {group})")
         check_storage(options, f" (param group {group})")
         param = options["params"][index]
         kept = self.state.get(param)
-        if isinstance(kept, dict):
-            self._say_converted(convert(options, param, kept))
-        return judge(self.param_groups, group, index, self.state)
+        if not isinstance(kept, dict):
+            return kept, []
+        kept = dict(kept)
+        return kept, convert(options, param, kept)
 
-    def _refresh(self, param: Tensor) -> None:
+    def _take_converted(self, states: dict[Tensor, tuple[Any, list[str]]]) -> None:
+        said: list[str] = []
+        for param, (kept, changes) in states.items():
+            if changes:
+                inner = self.state[param]
+                inner.clear()
+                inner.update(kept)
+                said += changes
+        self._say_converted(said)
+
+    def _refresh(self, group: int, index: int) -> None:
+        param = self.param_groups[group]["params"][index]
         master = state_tensor(self.state, param, "master")
-        if master is not None:
-            refresh_master(param, master)
+        if master is None:
+            return
+        if problem := unsound_state("master", master, param, param):
+            raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
+        refresh_master(param, master)
 
     def _judge_all(self) -> list[tuple[int, int]]:
         """Judges every parameter that has a gradient; for steps without a plan."""
         entries = []
+        states: dict[Tensor, tuple[Any, list[str]]] = {}
         seen: set[Tensor] = set()
         check_same(self.param_groups)
         for group, options in enumerate(self.param_groups):
@@ -404,8 +428,10 @@ class FusedSGD(Optimizer):
                     raise RuntimeError(f"{place(self.param_groups, group, index)} is in the optimizer twice")
                 seen.add(param)
                 if param.grad is not None:
-                    self._judge(group, index)
+                    states[param] = self._converted(group, index)
+                    judge(self.param_groups, group, index, {param: states[param][0]})
                     entries.append((group, index))
+        self._take_converted(states)
         return entries
 
     # --- What a step found --------------------------------------------------------------------------------------------
@@ -441,7 +467,8 @@ class FusedSGD(Optimizer):
         values. Takes as much more memory as the parameters.
 
         Raises:
-            RuntimeError: inside it, for another ``swap_ema()``, ``step()``, ``state_dict()`` and ``load_state_dict()``.
+            RuntimeError: inside it, for another ``swap_ema()``, ``step()``, ``state_dict()``, ``load_state_dict()``,
+                ``refresh_master_weights()`` and copies of the optimizer.
         """
         self._refuse_averages("swap_ema()")
         averaged = []
@@ -472,10 +499,14 @@ class FusedSGD(Optimizer):
         Everything else is seen by itself. Where a float32 master does not round to its parameter, it becomes the
         parameter's value. (With ``master_weights="split"`` the parameter is a part of the master, and edits of it count
         at once.)
+
+        Raises:
+            RuntimeError: inside :meth:`swap_ema`, where parameters hold what is no master's.
         """
-        for options in self.param_groups:
-            for param in options["params"]:
-                self._refresh(param)
+        self._refuse_averages("refresh_master_weights()")
+        for group, options in enumerate(self.param_groups):
+            for index in range(len(options["params"])):
+                self._refresh(group, index)
 
     # --- Copies and checkpoints ---------------------------------------------------------------------------------------
 
@@ -496,7 +527,7 @@ class FusedSGD(Optimizer):
         """Like :meth:`torch.optim.Optimizer.load_state_dict`, but for options that decide how a step is done.
 
         Those stay this optimizer's own. What was saved in another format than they ask for is converted, and a warning
-        says what.
+        says what: momentum now, master weights with the next step, when the model must have been loaded, too.
         """
         self._refuse_averages("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(lambda _, state: as_saved(state))
@@ -506,6 +537,7 @@ class FusedSGD(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_averages("a copy")
         state: dict[str, Any] = super().__getstate__()
         return {**state, "_skipped": self.skipped_steps, "norm_process_group": Shared(self.norm_process_group)}
 
@@ -513,6 +545,8 @@ class FusedSGD(Optimizer):
         # Called for a copy or a pickle (with defaults), and by load_state_dict (without).
         running = [] if "defaults" in state else self.param_groups
         super().__setstate__(state)
+        for key in _STORAGE_KEYS:
+            self.defaults.setdefault(key, _OFF[key])  # a pickle may be older than they are
         unpack(self.state)
         for number, group in enumerate(self.param_groups):
             if "trust_coeff" not in self.defaults:
@@ -541,7 +575,8 @@ class FusedSGD(Optimizer):
             for param in options["params"]:
                 kept = self.state.get(param)
                 if isinstance(kept, dict):
-                    said += convert(options, param, kept)
+                    # Master weights wait for the next step: the model may be loaded after its optimizer.
+                    said += convert(options, param, kept, masters=False)
         self._say_converted(said)
 
     @staticmethod

@@ -101,37 +101,35 @@ inline void convert_eight(const uint16_t*, float*) {}
 inline void convert_eight(const float*, uint16_t*) {}
 #endif
 
+// (A comparison of the functions themselves is no constant under sanitizers.)
+template <auto kFunction, auto kOther>
+inline constexpr bool kSame = std::is_same_v<std::integral_constant<decltype(kFunction), kFunction>,
+                                             std::integral_constant<decltype(kOther), kOther>>;
+template <auto kConversion>
+inline constexpr bool kConvertsEight =
+    kHasFloat16Instructions && (kSame<kConversion, float16_to_float> || kSame<kConversion, float_to_float16>);
+// How many elements are best stored together for the sake of such an instruction.
+template <auto kConversion>
+inline constexpr int kBatchFor = kConvertsEight<kConversion> ? 16 : 1;
+
 template <auto kDecode, class Element, class Acc, int n>
 FSGD_INLINE void decode(const Element (&stored)[n], Acc (&x)[n]) {
-  if constexpr (kHasFloat16Instructions && std::is_same_v<decltype(kDecode), float (*)(uint16_t)> && n % 8 == 0) {
-    if constexpr (kDecode == float16_to_float) {
-      for (int k = 0; k < n; k += 8) convert_eight(stored + k, x + k);
-      return;
-    }
+  if constexpr (kConvertsEight<kDecode> && n % 8 == 0) {
+    for (int k = 0; k < n; k += 8) convert_eight(stored + k, x + k);
+  } else {
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) x[k] = kDecode(stored[k]);
   }
-  FSGD_UNROLL
-  for (int k = 0; k < n; ++k) x[k] = kDecode(stored[k]);
 }
 
 template <auto kEncode, class Element, class Acc, int n>
 FSGD_INLINE void encode(const Acc (&x)[n], Element (&stored)[n]) {
-  if constexpr (kHasFloat16Instructions && std::is_same_v<decltype(kEncode), uint16_t (*)(float)> && n % 8 == 0) {
-    if constexpr (kEncode == float_to_float16) {
-      for (int k = 0; k < n; k += 8) convert_eight(x + k, stored + k);
-      return;
-    }
+  if constexpr (kConvertsEight<kEncode> && n % 8 == 0) {
+    for (int k = 0; k < n; k += 8) convert_eight(x + k, stored + k);
+  } else {
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) stored[k] = kEncode(x[k]);
   }
-  FSGD_UNROLL
-  for (int k = 0; k < n; ++k) stored[k] = kEncode(x[k]);
-}
-
-// How many elements are best stored together for the sake of such an instruction.
-template <class Element, class Acc>
-constexpr int batch_for(Acc (*decode_one)(Element)) {
-  if constexpr (kHasFloat16Instructions && std::is_same_v<Element, uint16_t>) {
-    return decode_one == float16_to_float ? 16 : 1;
-  }
-  return 1;
 }
 
 // A format whose element is one number in one column.
@@ -141,7 +139,7 @@ struct Plain {
   static constexpr int kColumns = 1;
   static constexpr int kBytes = sizeof(Element);
   static constexpr int kBlock = 1;
-  static constexpr int kBatch = batch_for<Element, Acc>(kDecode);
+  static constexpr int kBatch = kBatchFor<kDecode>;
 
   Column<Element> column;
 

@@ -14,7 +14,7 @@ struct Master {
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 6;
   static constexpr int kBlock = 1;
-  static constexpr int kBatch = kHasFloat16Instructions && kNarrow == float_to_float16 ? 16 : 1;
+  static constexpr int kBatch = kBatchFor<kNarrow>;
 
   Column<uint16_t> parameter;
   Column<float> master;

@@ -19,11 +19,18 @@ FSGD_INLINE Split round_split(float x) {
   return {static_cast<uint16_t>(high), static_cast<int16_t>(static_cast<uint16_t>(bits))};
 }
 
+// Someone else may have written a zero or an infinity into the parameter, beside a remainder that belongs to no such
+// value: their sum is a NaN. The remainder then counts as 0. (No pair that round_split() makes is one of these.)
+// high: in the upper half of a word; low: with its sign in the upper half.
+FSGD_INLINE float join_words(uint32_t high, uint32_t low) {
+  const uint32_t number = high + low;
+  // Where high is a NaN, its payload is whole with the remainder's bits. Else it is a zero or an infinity.
+  const uint32_t payload = (high & 0x7FFFFFFFu) > 0x7F800000u ? low & 0xFFFFu : 0u;
+  return bit_cast<float>((number & 0x7FFFFFFFu) > 0x7F800000u ? high | payload : number);
+}
+
 FSGD_INLINE float join_split(Split split) {
-  const uint32_t high = static_cast<uint32_t>(split.high) << 16;
-  const uint32_t low = static_cast<uint32_t>(static_cast<int32_t>(split.low));
-  const uint32_t number = high + low, nan = high | (low & 0xFFFFu);
-  return bit_cast<float>((high & 0x7FFFFFFFu) > 0x7F800000u ? nan : number);
+  return join_words(static_cast<uint32_t>(split.high) << 16, static_cast<uint32_t>(static_cast<int32_t>(split.low)));
 }
 
 // Columns: the bf16 parameter, its remainder (int16). What was stored is what a load gives: only a signalling NaN would
@@ -48,8 +55,8 @@ struct SplitBFloat16 {
 
   FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const {
     const uint32_t high = parameter.word(i), low = remainder.word(i);
-    x[0] = joined(high << 16, low << 16);
-    x[1] = joined(high & 0xFFFF0000u, low);
+    x[0] = join_words(high << 16, extended(low << 16));
+    x[1] = join_words(high & 0xFFFF0000u, extended(low));
   }
   FSGD_INLINE void store_pair(int64_t i, const float (&x)[2]) const {
     parameter.word(i) = rounded(x[0]) >> 16 | (rounded(x[1]) & 0xFFFF0000u);
@@ -86,11 +93,9 @@ struct SplitBFloat16 {
   }
 
  private:
-  // join_split() and round_split() with the high part, and the low part given, in the upper half of a word.
-  FSGD_INLINE static float joined(uint32_t high, uint32_t low) {
-    const uint32_t number = high + static_cast<uint32_t>(static_cast<int32_t>(low) >> 16), nan = high | low >> 16;
-    return bit_cast<float>((high & 0x7FFFFFFFu) > 0x7F800000u ? nan : number);
-  }
+  // The remainder with its sign, from the upper half of a word.
+  FSGD_INLINE static uint32_t extended(uint32_t low) { return static_cast<uint32_t>(static_cast<int32_t>(low) >> 16); }
+  // round_split()'s high part, in the upper half of a word.
   FSGD_INLINE static uint32_t rounded(float x) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     return x != x ? bits | 0x400000u : bits + 0x8000u;

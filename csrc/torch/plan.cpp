@@ -195,6 +195,7 @@ void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, b
   e.stage_param = needs_staging(*local_param, strides);
   e.stage_grad = needs_staging(*local_grad, strides);
   e.param_print = prints_.get(*local_param);
+  e.home = e.param_print->locate(*local_param->unsafeGetTensorImpl(), true);
   e.grad_print = prints_.get(*local_grad);
   e.state_count = static_cast<uint8_t>(keys.size());
   e.state_version = DictVersion();

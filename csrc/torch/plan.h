@@ -109,9 +109,10 @@ class Plan {
     bool is_dtensor = false;
     bool is_subclass = false;  // its gradient is whatever Python says
     bool stage_param = false, stage_grad = false;
-    bool any_new = false;  // a state tensor is not in the state yet
-    bool is_copy = false;  // of its master weights
-    uint32_t version = 0;  // of such a parameter, after the last step
+    bool any_new = false;        // a state tensor is not in the state yet
+    bool is_copy = false;        // of its master weights
+    uint32_t version = 0;        // of such a parameter, after the last step
+    const char* home = nullptr;  // and where it was when it was judged: `p.data = other` changes no version
     std::array<StateTensor, kMaxStates> states;
     char *last_param = nullptr, *last_grad = nullptr;  // null when the parameter took no part
     Ref new_states;                                    // a dict of what is to be put into the state

@@ -162,6 +162,8 @@ bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool mome
   active.param = entry.is_dtensor ? local_tensor(entry.param.get()) : &THPVariable_Unpack(entry.param.get());
   if (active.param == nullptr || !entry.param_print->matches(*active.param->unsafeGetTensorImpl())) return false;
   if (entry.written_by_others(*active.param->unsafeGetTensorImpl())) return false;
+  const auto here = [&] { return entry.param_print->locate(*active.param->unsafeGetTensorImpl(), true); };
+  if (entry.is_copy && here() != entry.home) return false;
   active.grad = local_gradient(grad);
   if (active.grad == nullptr || !entry.grad_print->matches(*active.grad->unsafeGetTensorImpl())) return false;
   if (!find_state_tensors(entry, active)) return false;
