@@ -1,4 +1,4 @@
-"""What --precision means: bfloat16 weights around arithmetic of the device's choice, and FusedSGD's options for them."""
+"""What --precision means: bfloat16 weights, the arithmetic between them, and FusedSGD's options for them."""
 
 from __future__ import annotations
 
