@@ -1,6 +1,7 @@
 """Final losses and loss curves of bfloat16 training against float32, in FusedSGD's storage modes: docs/precision.md.
 
-    python examples/precision.py    # about 20 minutes of one core; rewrites the plot, the tables and the JSON in docs
+    python examples/precision.py             # 20 minutes of one core; rewrites tables, plot and JSON in docs
+    python examples/precision.py --redraw    # tables and plot alone, from the JSON that is there
 
 Two tasks: scikit-learn's digits, as in train.py, and a character language model over the text of Python's standard
 library (characters.py). Each mode trains with several seeds; a seed means the same initial weights (rounded, for
@@ -15,6 +16,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -158,6 +160,7 @@ def measure(study: Study) -> dict[str, Any]:
     args = study.args
     order = [(task, mode, seed) for seed in range(args.seeds) for task in TASKS for mode in MODES]
     total = study.bar.add_task("all runs", total=len(order))
+    trained = commit()  # before the runs: a checkout may move on meanwhile
     runs = []
     for entry in order:
         runs.append(study.run(*entry))
@@ -166,12 +169,12 @@ def measure(study: Study) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": describe_machine("cpu"),
-        "commit": commit(),
+        "commit": trained,
         "fused_sgd": fused_sgd.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),  # whose sources are the text
         "text": {"files": study.text.files, "characters": study.text.characters},
-        "arguments": {key: value for key, value in vars(args).items() if key != "guide"},
+        "arguments": {key: getattr(args, key) for key in ("epochs", "width", "steps", "seeds", "threads")},
         "bytes": {mode: state_bytes(mode) for mode in MODES},
         "stall": {precision: stall(precision) for precision in PRECISIONS},
         "runs": runs,
@@ -180,8 +183,6 @@ def measure(study: Study) -> dict[str, Any]:
 
 def commit() -> str | None:
     """Of the checkout, as the benchmarks tell it; None without one."""
-    import subprocess
-
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603
@@ -250,17 +251,25 @@ def main() -> int:
         default=Path("docs/precision.md"),
         help="its tables are replaced; the plot and the JSON lie beside it",
     )
+    add("--redraw", action="store_true", help="trains nothing: the tables and the plot from the JSON that is there")
     args = parser.parse_args()
+    data = args.guide.with_suffix(".json")
     try:
         before, rest = args.guide.read_text(encoding="utf-8").split(START)
         _, after = rest.split(END)
     except (OSError, ValueError) as error:
         parser.error(f"--guide: {args.guide} is no text with the lines {START.strip()} and {END.strip()}: {error}")
-    with Progress(*COLUMNS, console=Console(), transient=True) as bar:
-        found = measure(Study(args, bar))
+    if args.redraw:
+        try:
+            found = json.loads(data.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--redraw: {data} cannot be read: {error}")
+    else:
+        with Progress(*COLUMNS, console=Console(), transient=True) as bar:
+            found = measure(Study(args, bar))
+        data.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     measured = write_tables(found)
     print(measured)
-    args.guide.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     args.guide.write_text(f"{before}{START}{measured}{END}{after}", encoding="utf-8")
     draw(args.guide.with_suffix(".png"), found)
     print(f"{args.guide}, its plot and its JSON")
