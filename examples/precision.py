@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -36,32 +35,17 @@ from torch.utils.data import DataLoader
 
 import characters
 from image_data import Data, load_digits
-from large_batch import END, START, table
+from large_batch import END, START
 from narrow import PRECISIONS, storage_options, with_precision
 from precision_plot import draw
+from precision_tables import MODES, STALL_LR, STALL_STEPS, TASKS, write_tables
 from report import describe_machine
 from sequences import FusedSequence
 from train import COLUMNS, build_parser, number, prepare
 from training import train, warmup_cosine
 
-# By name: --precision and --momentum-dtype of train.py.
-MODES: dict[str, tuple[str, str | None]] = {
-    "float32": ("float32", None),
-    "float32, int8 momentum": ("float32", "int8"),
-    "bfloat16, nearest": ("bfloat16", None),
-    "bfloat16, nearest, float32 momentum": ("bfloat16", "float32"),
-    "split": ("bfloat16-split", None),
-    "split, bfloat16 momentum": ("bfloat16-split", "bfloat16"),
-    "split, int8 momentum": ("bfloat16-split", "int8"),
-    "float32 master": ("bfloat16-master", None),
-    "stochastic": ("bfloat16-stochastic", None),
-    "stochastic, int8 momentum": ("bfloat16-stochastic", "int8"),
-}
-BASE = "float32"
-TASKS = ("digits", "characters")
 POINTS = 50  # of a loss curve: each a mean over as many steps
 CHARACTER_LR, CHARACTER_CLIP, CHARACTER_BATCH = 1.0, 1.0, 16
-STALL_LR, STALL_STEPS = 1e-3, 500  # half an ulp of a bfloat16 just below 1 is 2e-3
 
 
 class Study:
@@ -74,7 +58,7 @@ class Study:
 
     def options(self, mode: str, seed: int) -> argparse.Namespace:
         """A mode as train.py's command line has it."""
-        precision, momentum_dtype = MODES[mode]
+        precision, momentum_dtype, _ = MODES[mode]
         words = ["--precision", precision, "--seed", str(seed), "--threads", str(self.args.threads)]
         words += ["--epochs", str(self.args.epochs), "--width", str(self.args.width)]
         args = build_parser().parse_args(words + (["--momentum-dtype", momentum_dtype] if momentum_dtype else []))
@@ -131,7 +115,7 @@ def digits_loss(model: nn.Module, data: Data) -> float:
 
 def state_bytes(mode: str) -> dict[str, float]:
     """Bytes a parameter, of a real optimizer that has stepped: of the weight, its gradient, and all of the state."""
-    precision, momentum_dtype = MODES[mode]
+    precision, momentum_dtype, _ = MODES[mode]
     args = argparse.Namespace(precision=precision, momentum_dtype=momentum_dtype)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     param = nn.Parameter(torch.zeros(1024, 1024, dtype=dtype))
@@ -188,49 +172,6 @@ def commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def final_losses(found: dict[str, Any], task: str, mode: str) -> list[float]:
-    """One a seed."""
-    return [run["test_loss"] for run in found["runs"] if (run["task"], run["mode"]) == (task, mode)]
-
-
-def write_tables(found: dict[str, Any]) -> str:
-    """What was measured, in Markdown."""
-    sizes = found["bytes"]
-    memory = [[mode, *(f"{sizes[mode][key]:.4g}" for key in ("weight", "state")), total(sizes[mode])] for mode in MODES]
-    return (
-        "Bytes a parameter, from the state of an optimizer of one 1024 × 1024 weight after a step; the gradient is 4 "
-        "in float32 and 2 in bfloat16, and comes on top:\n\n"
-        + table(["mode", "weight", "state", "together"], memory)
-        + f"\nFinal test loss in nats, mean (lowest – highest) of {found['arguments']['seeds']} seeds:\n\n"
-        + table(["mode", *TASKS, "within float32's spread"], losses(found))
-        + f"\nA weight of 1 after {STALL_STEPS} steps of {STALL_LR:g}, of 4096 weights the mean:\n\n"
-        + table(list(PRECISIONS), [[f"{value:.3f}" for value in found["stall"].values()]])
-        + f"\nMeasured with {found['machine']} · fused_sgd {found['fused_sgd']}, commit {str(found['commit'])[:7]}; "
-        f"the text: {found['text']['files']} files of Python {found['python']}, "
-        f"{found['text']['characters']:,} characters.\n"
-    )
-
-
-def total(sizes: dict[str, float]) -> str:
-    """Weight and state together."""
-    return f"{sizes['weight'] + sizes['state']:.4g}"
-
-
-def losses(found: dict[str, Any]) -> Iterable[Sequence[str]]:
-    """The rows of the table of losses."""
-    for mode in MODES:
-        cells, outside = [], []
-        for task in TASKS:
-            base, own = final_losses(found, task, BASE), final_losses(found, task, mode)
-            mean = statistics.fmean(own)
-            cells.append(f"{mean:.4f} ({min(own):.4f} – {max(own):.4f})")
-            if mean > max(base):
-                outside.append(f"{task}: {mean - max(base):.4f} above")
-            elif mean < min(base):
-                outside.append(f"{task}: {min(base) - mean:.4f} below")
-        yield [mode, *cells, "; ".join(outside) or "yes"]
 
 
 def main() -> int:
