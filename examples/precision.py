@@ -1,6 +1,6 @@
 """Final losses and loss curves of bfloat16 training against float32, in FusedSGD's storage modes: docs/precision.md.
 
-    python examples/precision.py             # 20 minutes of one core; rewrites tables, plot and JSON in docs
+    python examples/precision.py             # half an hour of one core; rewrites tables, plot and JSON in docs
     python examples/precision.py --redraw    # tables and plot alone, from the JSON that is there
 
 Two tasks: scikit-learn's digits, as in train.py, and a character language model over the text of Python's standard
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from training import train, warmup_cosine
 
 POINTS = 50  # of a loss curve: each a mean over as many steps
 CHARACTER_LR, CHARACTER_CLIP, CHARACTER_BATCH = 1.0, 1.0, 16
+Start = Callable[[nn.Module], nn.Module]
 
 
 class Study:
@@ -58,7 +60,7 @@ class Study:
 
     def options(self, mode: str, seed: int) -> argparse.Namespace:
         """A mode as train.py's command line has it."""
-        precision, momentum_dtype, _ = MODES[mode]
+        precision, momentum_dtype, *_ = MODES[mode]
         words = ["--precision", precision, "--seed", str(seed), "--threads", str(self.args.threads)]
         words += ["--epochs", str(self.args.epochs), "--width", str(self.args.width)]
         args = build_parser().parse_args(words + (["--momentum-dtype", momentum_dtype] if momentum_dtype else []))
@@ -69,19 +71,20 @@ class Study:
         """Trains once; returns what is to be kept of it."""
         start = time.monotonic()
         args = self.options(mode, seed)
-        losses, test = (self._digits if task == "digits" else self._characters)(args)
+        trained = self._digits if task == "digits" else self._characters
+        losses, test = trained(args, rounded if MODES[mode].rounded_start else lambda model: model)
         size = max(1, len(losses) // POINTS)
         curve = [statistics.fmean(losses[at : at + size]) for at in range(0, len(losses), size)]
         found = {"task": task, "mode": mode, "seed": seed, "steps": len(losses), "seconds": time.monotonic() - start}
         return {**found, "test_loss": test, "train_losses": curve}
 
-    def _digits(self, args: argparse.Namespace) -> tuple[list[float], float]:
-        run = train(FusedSequence, self.digits, args, self.bar)
+    def _digits(self, args: argparse.Namespace, start: Start) -> tuple[list[float], float]:
+        run = train(lambda model, args: FusedSequence(start(model), args), self.digits, args, self.bar)
         return run.losses, digits_loss(run.model, self.digits)
 
-    def _characters(self, args: argparse.Namespace) -> tuple[list[float], float]:
+    def _characters(self, args: argparse.Namespace, start: Start) -> tuple[list[float], float]:
         torch.manual_seed(args.seed)
-        model = with_precision(characters.CharacterModel(), args)
+        model = start(with_precision(characters.CharacterModel(), args))
         optimizer = FusedSGD(
             model.parameters(),
             CHARACTER_LR,
@@ -107,6 +110,14 @@ class Study:
 
 
 @torch.no_grad()
+def rounded(model: nn.Module) -> nn.Module:
+    """The model with weights that are bfloat16's, in float32."""
+    for param in model.parameters():
+        param.copy_(param.bfloat16())
+    return model
+
+
+@torch.no_grad()
 def digits_loss(model: nn.Module, data: Data) -> float:
     """The mean cross entropy of the test set, in nats; the model is in evaluation mode."""
     sums = [F.cross_entropy(model(images), labels, reduction="sum") for images, labels in DataLoader(data.test, 256)]
@@ -115,7 +126,7 @@ def digits_loss(model: nn.Module, data: Data) -> float:
 
 def state_bytes(mode: str) -> dict[str, float]:
     """Bytes a parameter, of a real optimizer that has stepped: of the weight, its gradient, and all of the state."""
-    precision, momentum_dtype, _ = MODES[mode]
+    precision, momentum_dtype, *_ = MODES[mode]
     args = argparse.Namespace(precision=precision, momentum_dtype=momentum_dtype)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     param = nn.Parameter(torch.zeros(1024, 1024, dtype=dtype))
@@ -184,7 +195,7 @@ def main() -> int:
     add("--epochs", type=number(int, 1), default=20, help="of every run on digits")
     add("--width", type=number(int, 1), default=32, help="of the model for digits, as in train.py")
     add("--steps", type=number(int, 1), default=400, help="of every run on characters")
-    add("--seeds", type=number(int, 1), default=3, help="runs of each mode on each task")
+    add("--seeds", type=number(int, 1), default=5, help="runs of each mode on each task")
     add("--threads", type=number(int, 1), default=1, help="CPU threads")
     add(
         "--guide",

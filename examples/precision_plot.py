@@ -13,7 +13,19 @@ from large_batch import CARD, GRID, TEXT
 from matplotlib import pyplot as plt  # isort: skip (report chooses the backend)
 
 # float32 thick and pale below, pure bfloat16 red, the others thin: where they are hidden by each other, all is well.
-_COLORS = ("#f4b46a", "#a16207", "#dc2626", "#f472b6", "#0b57d0", "#0891b2", "#17365c", "#15803d", "#7c3aed", "#c026d3")
+_COLORS = (
+    "#f4b46a",
+    "#57534e",
+    "#a16207",
+    "#dc2626",
+    "#f472b6",
+    "#0b57d0",
+    "#0891b2",
+    "#17365c",
+    "#15803d",
+    "#7c3aed",
+    "#c026d3",
+)
 
 
 def draw(path: Path, found: dict[str, Any]) -> None:
@@ -52,7 +64,7 @@ def _draw_curves(axes: Any, task: str, runs: dict[str, list[dict[str, Any]]], co
     for place, (mode, seeds) in enumerate(runs.items()):
         means = [statistics.fmean(values) for values in zip(*(run["train_losses"] for run in seeds), strict=True)]
         steps = [(point + 1) * seeds[0]["steps"] / len(means) for point in range(len(means))]
-        width, dashes = (6, "-") if place == 0 else (1.2, "-" if place < 5 else "--")
+        width, dashes = (6, "-") if place == 0 else (1.2, "-" if place < 6 else "--")
         axes.plot(steps, means, dashes, color=colors[mode], linewidth=width, label=mode)
     axes.set(xlabel="step", ylabel="training loss (nats), mean of the seeds", yscale="log")
     axes.set_title(task, loc="left", fontweight="bold")

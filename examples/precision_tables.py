@@ -22,11 +22,13 @@ class Mode(NamedTuple):
 
     precision: str  # --precision of train.py
     momentum_dtype: str | None  # its --momentum-dtype
-    benchmark: str  # the mode's name in `python -m benchmarks precision`
+    benchmark: str | None  # the mode's name in `python -m benchmarks precision`
+    rounded_start: bool = False  # whether float32 begins with the weights that bfloat16 begins with
 
 
 MODES = {
     "float32": Mode("float32", None, "float32"),
+    "float32, rounded start": Mode("float32", None, None, rounded_start=True),  # a control: what chance does
     "float32, int8 momentum": Mode("float32", "int8", "float32-int8"),
     "bfloat16, nearest": Mode("bfloat16", None, "bfloat16"),
     "bfloat16, nearest, float32 momentum": Mode("bfloat16", "float32", "bfloat16-float32"),
@@ -51,6 +53,7 @@ def write_tables(found: dict[str, Any]) -> str:
     memory = [
         [name, *(f"{sizes[name][key]:.4g}" for key in ("weight", "state")), total(sizes[name]), times[mode.benchmark]]
         for name, mode in MODES.items()
+        if mode.benchmark is not None
     ]
     return (
         "Bytes a parameter, from the state of an optimizer of one 1024 × 1024 weight after a step; the gradient is 4 "
@@ -68,7 +71,7 @@ def write_tables(found: dict[str, Any]) -> str:
 
 def step_times() -> tuple[dict[str, str], str]:
     """By the benchmark's names, from its newest full run on a CPU; and a sentence that says where that was."""
-    nothing = dict.fromkeys((mode.benchmark for mode in MODES.values()), "")
+    nothing = dict.fromkeys((mode.benchmark for mode in MODES.values() if mode.benchmark is not None), "")
     for file in sorted(RESULTS.glob("precision-cpu-*.json"), reverse=True):
         run = json.loads(file.read_text(encoding="utf-8"))
         if run["quick"]:
