@@ -44,7 +44,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     modes = list(dict.fromkeys(run["mode"] for run in found["runs"]))
     colors = dict(zip(modes, _COLORS, strict=True))
     with mpl.rc_context(style):
-        figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", facecolor=CARD, sharey="row")
+        figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", facecolor=CARD)
         for (above, below), task in zip(axes.T, tasks, strict=True):
             runs = {mode: [r for r in found["runs"] if (r["task"], r["mode"]) == (task, mode)] for mode in modes}
             _draw_curves(above, task, runs, colors)
@@ -53,7 +53,6 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             panel.set_facecolor(CARD)
             panel.grid(color=GRID)
             panel.set_axisbelow(True)
-            panel.tick_params(labelleft=True)
         axes[1, 1].tick_params(labelleft=False)
         axes[0, 0].legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=120, metadata={"Software": None})
@@ -66,19 +65,18 @@ def _draw_curves(axes: Any, task: str, runs: dict[str, list[dict[str, Any]]], co
         steps = [(point + 1) * seeds[0]["steps"] / len(means) for point in range(len(means))]
         width, dashes = (6, "-") if place == 0 else (1.2, "-" if place < 6 else "--")
         axes.plot(steps, means, dashes, color=colors[mode], linewidth=width, label=mode)
-    axes.set(xlabel="step", ylabel="training loss (nats), mean of the seeds", yscale="log")
+    axes.set(xlabel="step", ylabel="training loss (nats), mean of seeds", yscale="log")
     axes.set_title(task, loc="left", fontweight="bold")
 
 
 def _draw_final(axes: Any, task: str, runs: dict[str, list[dict[str, Any]]], colors: dict[str, str]) -> None:
     base = [run["test_loss"] for run in next(iter(runs.values()))]
-    axes.axvspan(min(base), max(base), color="#f4b46a", alpha=0.35, label="spread of float32")
+    axes.axvspan(min(base), max(base), color="#f4b46a", alpha=0.35)
     for row, (mode, seeds) in enumerate(runs.items()):
         values = [run["test_loss"] for run in seeds]
         axes.plot(values, [row] * len(values), "o", markersize=4, color=colors[mode], alpha=0.7)
         axes.plot(statistics.fmean(values), row, "|", markersize=16, markeredgewidth=2, color=colors[mode])
     axes.set_yticks(range(len(runs)), list(runs))
-    if not axes.yaxis_inverted():
-        axes.invert_yaxis()
-    axes.set(xlabel="final test loss (nats): each seed, their mean, and the spread of float32")
+    axes.invert_yaxis()
+    axes.set(xlabel="final test loss (nats): seeds and mean; shaded: float32's")
     axes.set_title(task, loc="left", fontweight="bold")

@@ -184,12 +184,13 @@ def test_study_of_precisions(tmp_path):
     assert "| split, int8 momentum | 2 | 3.062 | 5.062 |" in text
     assert guide.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     found = json.loads(guide.with_suffix(".json").read_text())
-    assert len(found["runs"]) == 2 * 2 * 10
+    assert len(found["runs"]) == 2 * 2 * 11
     # What the names promise: both keep the same float32 weights.
     by_mode = {(run["task"], run["mode"], run["seed"]): run["train_losses"] for run in found["runs"]}
     for task in ("digits", "characters"):
         assert by_mode[task, "split", 0] == by_mode[task, "float32 master", 0]
         assert by_mode[task, "split", 0] != by_mode[task, "split", 1]
+        assert by_mode[task, "float32, rounded start", 0] != by_mode[task, "float32", 0]
     guide.with_suffix(".png").unlink()
     again = run_script(tmp_path, PRECISION_STUDY, "--redraw", "--guide", str(guide))
     assert again.returncode == 0, again.stdout + again.stderr
