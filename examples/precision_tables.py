@@ -46,6 +46,12 @@ def final_losses(found: dict[str, Any], task: str, mode: str) -> list[float]:
     return [run["test_loss"] for run in found["runs"] if (run["task"], run["mode"]) == (task, mode)]
 
 
+def last_tenth(found: dict[str, Any], task: str, mode: str) -> float:
+    """The training loss at the end, less noisy than that of the test."""
+    curves = [run["train_losses"] for run in found["runs"] if (run["task"], run["mode"]) == (task, mode)]
+    return statistics.fmean(statistics.fmean(curve[-max(1, len(curve) // 10) :]) for curve in curves)
+
+
 def write_tables(found: dict[str, Any]) -> str:
     """What was measured, in Markdown."""
     sizes = found["bytes"]
@@ -61,6 +67,10 @@ def write_tables(found: dict[str, Any]) -> str:
         + table(["mode", "weight", "state", "together", "time of a step, times float32"], memory)
         + f"\nFinal test loss in nats, mean (lowest – highest) of {found['arguments']['seeds']} seeds:\n\n"
         + table(["mode", *TASKS, "within float32's spread"], losses(found))
+        + "\nTraining loss in nats over the last tenth of the steps, mean of the seeds:\n\n"
+        + table(
+            ["mode", *TASKS], [[mode, *(f"{last_tenth(found, task, mode):.4f}" for task in TASKS)] for mode in MODES]
+        )
         + f"\nA weight of 1 after {STALL_STEPS} steps of {STALL_LR:g}, of 4096 weights the mean:\n\n"
         + table(list(PRECISIONS), [[f"{value:.3f}" for value in found["stall"].values()]])
         + f"\nMeasured with {found['machine']} · fused_sgd {found['fused_sgd']}, commit {str(found['commit'])[:7]}; "
