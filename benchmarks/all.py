@@ -1,4 +1,4 @@
-"""Runs every measurement in turn (step, curves, training, around) and makes the report: what `make bench` does.
+"""Runs every measurement in turn (step, curves, training, around, precision) and makes the report, for `make bench`.
 
 python -m benchmarks all            10 minutes at most
 python -m benchmarks all --quick    about one
@@ -11,11 +11,11 @@ import importlib
 
 from . import options as shared
 
-HELP = "step, curves, training, around and the report, one after the other"
+HELP = "step, curves, training, around, precision and the report, one after the other"
 
 # Of the time; what is left is starting and the report.
-_SHARES = {"step": 0.47, "curves": 0.22, "training": 0.13, "around": 0.15}
-_CHOICES = ("shapes", "curves", "models", "tasks")  # options that only some of them have: all of everything
+_SHARES = {"step": 0.42, "curves": 0.2, "training": 0.12, "around": 0.13, "precision": 0.1}
+_CHOICES = ("shapes", "curves", "models", "tasks", "modes")  # options that only some of them have: all of everything
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,34 +20,32 @@ the floor is possible: LARS meets a tensor in the cache that it has just measure
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from . import options as shared
-from . import results, tables
+from . import tables, turns
 from .clocks import Clock, GraphClock, Timed, host_bound
-from .footprint import footprint
 from .machine import available_bytes
-from .measure import Effort, Quartiles, Samples, measure, warm_up
-from .peers import CEILING, PEERS, CannotRun, Contender
+from .measure import Effort, Quartiles, Samples
+from .peers import CEILING, CannotRun, Contender
 from .report_around import report_section
-from .runner import clocks_for, finish_header, make_header, make_progress
 from .sequences import TASKS, Sequence, Task
 from .shapes import SHAPE_SETS, ShapeSet
+from .turns import FLAT_BYTES, WrongError, ceiling, failed, take_turns
 from .verify import MAX_ELEMENTS
-from .workload import LR, TIMED_LR, Workload, make_workload
+from .workload import LR, TIMED_LR, make_workload
 
 __all__ = ["HELP", "add_arguments", "report_section", "run"]
 
 HELP = "what surrounds a step (GradScaler, clipping, averages, LARS) against one step that does it"
 
 WAYS = ("torch", "ours")
-FLAT_BYTES = 20  # that the ceiling moves an element
 
 _SHAPES = ("resnet50", "one100m")
 _QUICK_SHAPES = ("resnet50",)
@@ -97,44 +95,20 @@ class Row:
 
 def run(given: argparse.Namespace) -> int:
     """Runs the benchmark; returns the exit status."""
-    options = shared.read(given)
-    console = tables.make_console()
-    clocks = clocks_for(options.device)
-    header = make_header("around", options, clocks)
-    tables.show_header(console, header)
-    names = given.shapes or (_QUICK_SHAPES if options.quick else _SHAPES)
-    tasks = [TASKS[name] for name in given.tasks or TASKS]
-    cases = [(SHAPE_SETS[name], task) for name in names for task in tasks]
-    rows: list[Row] = []
-    left_out = []
-    with make_progress(console) as progress:
-        bar = progress.add_task("", total=len(cases))
-        for done, (shapes, task) in enumerate(cases):
-            progress.update(bar, description=f"{task.name} · {shapes.name}", refresh=True)
-            if options.budget.left() <= 0:
-                left_out.append(f"{task.name} on {shapes.name}")
-                continue
-            effort = options.budget.effort_for(1 / sum(len(options.threads) * len(clocks) for _ in cases[done:]))
-            for table in run_case(shapes, task, options, clocks, effort):
-                _show(progress.console, table)
-                rows += table
-            progress.advance(bar)
-            gc.collect()
-            if options.device == "cuda":
-                torch.cuda.empty_cache()
-    if left_out:
-        console.print(f"[yellow]The time was up before: {', '.join(left_out)}", soft_wrap=True)
-    header["left_out"] = left_out
-    finish_header(header, console)
-    file = results.write(options.output, header, [asdict(row) for row in rows])
-    console.print(f"\nWritten to {file}", soft_wrap=True)
-    return 0
+
+    def cases(options: shared.Options) -> dict[str, tuple[ShapeSet, Task]]:
+        names = given.shapes or (_QUICK_SHAPES if options.quick else _SHAPES)
+        tasks = [TASKS[name] for name in given.tasks or TASKS]
+        return {f"{task.name} on {name}": (SHAPE_SETS[name], task) for name in names for task in tasks}
+
+    return turns.run("around", given, cases, run_case, _show)
 
 
 def run_case(
-    shapes: ShapeSet, task: Task, options: shared.Options, clocks: list[Clock], effort: Effort
+    case: tuple[ShapeSet, Task], options: shared.Options, clocks: AbstractSequence[Clock], effort: Effort
 ) -> Iterator[list[Row]]:
     """One table for each number of threads and clock."""
+    shapes, task = case
     torch.set_num_threads(max(options.threads))
     empty = [
         Row(
@@ -158,40 +132,31 @@ def run_case(
     try:
         difference = check(task, shapes, options.device)
         if not difference <= _TOLERANCE:  # so that NaN is wrong as well
-            raise _WrongError(f"the two ways differ by {difference:.2g}, {_TOLERANCE:.0e} allowed")
+            raise WrongError(f"the two ways differ by {difference:.2g}, {_TOLERANCE:.0e} allowed")
         needed, available = 4 * _TENSORS_HELD * shapes.elements, available_bytes(options.device)
         if available is not None and needed > available:
             raise CannotRun(f"needs {needed / 1e9:.2g} GB of memory and {available / 1e9:.2g} GB are free")
         work = make_workload(shapes, torch.float32, options.device).with_own_grads()
         ways = {"torch": task.torch(work, TIMED_LR, 1.0), "ours": task.ours(work, TIMED_LR, 1.0)}
-        flat, why = _ceiling(work)
+        flat, why = ceiling(work)
     except Exception as exception:
-        yield [_failed(row, exception) for row in empty]
+        yield [failed(row, exception) for row in empty]
         return
     empty = [replace(row, largest_difference=difference) for row in empty]
     if options.device == "cuda":
-        empty = [replace(row, launches=_launches(ways[row.peer], shapes.elements)) for row in empty]
+        empty = [
+            replace(row, launches=turns.launches(Contender(way.step, way.params), shapes.elements))
+            for row, way in ((row, ways[row.peer]) for row in empty)
+        ]
     for clock in clocks:
         for threads in options.threads:
             torch.set_num_threads(threads)
             rows = [replace(row, threads=threads, clock=clock.name) for row in empty]
             if clock.name == GraphClock.name and task.scaled:
                 no_graph = CannotRun("GradScaler waits for the GPU, which a graph cannot hold")
-                yield [_failed(row, no_graph) for row in rows]
+                yield [failed(row, no_graph) for row in rows]
                 continue
             yield _time(rows, ways, flat, why, clock, effort)
-
-
-class _WrongError(Exception):
-    """The two ways' results differ."""
-
-
-def _failed(row: Row, exception: Exception) -> Row:
-    if isinstance(exception, _WrongError):
-        return replace(row, status="wrong", reason=str(exception))
-    if isinstance(exception, (CannotRun, ImportError)):
-        return replace(row, status="skipped", reason=str(exception))
-    return replace(row, status="failed", reason=f"{type(exception).__name__}: {exception}")
 
 
 def check(task: Task, shapes: ShapeSet, device: str) -> float:
@@ -215,21 +180,8 @@ def check(task: Task, shapes: ShapeSet, device: str) -> float:
     ]
     moved = [(param - start).abs().amax() for param, start in zip(found[0], work.params, strict=False)]
     if not torch.stack(moved).amax() > 0:
-        raise _WrongError("torch's way changed nothing")
+        raise WrongError("torch's way changed nothing")
     return torch.stack(differences).amax().item()
-
-
-def _ceiling(work: Workload) -> tuple[Contender | None, str | None]:
-    try:
-        return PEERS[CEILING].set_up(work, TIMED_LR), None
-    except (CannotRun, ImportError) as why:
-        return None, str(why)
-
-
-def _launches(sequence: Sequence, elements: int) -> int | None:
-    for _ in range(2):
-        sequence.step()
-    return footprint(Contender(sequence.step, sequence.params), elements).launches
 
 
 def _time(
@@ -243,19 +195,11 @@ def _time(
     steps = {name: sequence.step for name, sequence in ways.items()}
     if flat is not None:
         steps[CEILING] = flat.step
-    timed: dict[str, Timed] = {}
-    repeats: dict[str, int] = {}
-    why: dict[str, Exception] = {}
-    for name, step in steps.items():
-        try:
-            timed[name] = clock.timed([step])
-            repeats[name] = warm_up(timed[name], clock)
-        except Exception as exception:  # what cannot be captured, for one, can still be timed otherwise
-            timed.pop(name, None)
-            why[name] = exception
-    samples = measure(timed, repeats, effort)
+    found = take_turns(steps, clock, effort)
     return [
-        _failed(row, why[row.peer]) if row.peer in why else _with_figures(row, samples, timed[row.peer], no_flat)
+        failed(row, found.why[row.peer])
+        if row.peer in found.why
+        else _with_figures(row, found.samples, found.timed[row.peer], no_flat)
         for row in rows
     ]
 

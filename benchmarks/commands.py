@@ -26,6 +26,7 @@ COMMANDS = (
     "curves",
     "training",
     "around",
+    "precision",
     "all",
     "report",
     "compare",

@@ -71,7 +71,7 @@ def _compare(peer: Peer, contender: Contender, workload: Workload, expected: lis
     if not peer.computes:
         return Check("ok")
     results = contender.results() if contender.results else [*contender.params, *contender.momentum_buffers()]
-    error = _largest_error(results, expected)
+    error = largest_error(results, expected)
     tolerance = TOLERANCE[workload.dtype]
     if not error <= tolerance:  # so that NaN is wrong as well
         reason = f"error {error:.2g} after {STEPS} steps, {tolerance:.0e} allowed"
@@ -98,7 +98,8 @@ def sgd_in_float64(workload: Workload, decoupled: bool) -> list[Tensor]:
     return [*params, *buffers]
 
 
-def _largest_error(results: list[Tensor], expected: list[Tensor]) -> float:
+def largest_error(results: list[Tensor], expected: list[Tensor]) -> float:
+    """Relative to the larger of 1 and the value. Of what is expected, the last may be missing."""
     # Peers whose momentum cannot be compared give parameters alone.
     errors = [
         ((a.detach().double() - b).abs() / b.abs().clamp(min=1)).amax() for a, b in zip(results, expected, strict=False)

@@ -12,6 +12,8 @@ from fused_sgd import FusedLARS, FusedSGD, param_groups
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from narrow import storage_options
+
 
 class TorchSequence:
     """torch.optim.SGD, and a pass of its own for each thing around it."""
@@ -57,7 +59,7 @@ class FusedSequence:
         self.model = model
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.amp)
         self.optimizer: FusedSGD
-        options = {**common(args), "max_grad_norm": args.clip, "ema_decay": args.ema}
+        options = {**common(args), "max_grad_norm": args.clip, "ema_decay": args.ema, **storage_options(args)}
         if args.optimizer == "lars":
             groups = param_groups(model, options.pop("weight_decay"))
             for group in groups:

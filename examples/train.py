@@ -5,6 +5,7 @@
     python examples/train.py --device cuda --amp                 # mixed precision with a GradScaler
     python examples/train.py --accumulate 4 --clip 1 --ema 0.99  # what large batches need, inside the step
     python examples/train.py --optimizer lars --batch-size 512   # LARS; docs/large-batch.md compares batch sizes
+    python examples/train.py --precision bfloat16-split          # bfloat16 weights, nothing lost: docs/precision.md
 
 Both runs start from the same seed and see the same batches, so in float32 on a CPU their weights must end equal to the
 bit; the exit code is 1 if they do not. Needs, beside fused_sgd: scikit-learn, pillow, matplotlib, rich.
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from image_data import CHANNELS, Data, InputError, load_data
+from narrow import MOMENTUM_DTYPES, PRECISIONS
 from report import describe_machine, draw, print_report
 from sequences import FusedSequence, TorchSequence
 from timing import Timing, take_turns
@@ -49,28 +51,40 @@ def largest_difference(first: nn.Module, second: nn.Module) -> float:
         return (difference / torch.stack([other.abs().max() for _, other in pairs]).max()).item()
 
 
-def verdict(equal: bool | None, first: nn.Module, second: nn.Module) -> str:
+def not_compared(args: argparse.Namespace) -> str:
+    """Why weights are not to be compared with torch's, or an empty string."""
+    if args.optimizer == "lars":
+        return "LARS is another rule"
+    if args.precision != "float32":
+        return "FusedSGD trains bfloat16 weights and torch.optim.SGD float32 ones"
+    if args.momentum_dtype not in (None, "float32"):
+        return f"FusedSGD's momentum is {args.momentum_dtype} and torch.optim.SGD's float32"
+    return ""
+
+
+def verdict(equal: bool | None, first: nn.Module, second: nn.Module, args: argparse.Namespace) -> str:
     """What to say of the weights of two runs."""
     if equal is None:
-        return "not compared, LARS is another rule"
+        return f"not compared, {not_compared(args)}"
     if equal:
         return "yes"
     return f"no, the largest difference is {largest_difference(first, second):.1e} of the largest weight"
 
 
-def time_optimizers(model: nn.Module, data: Data, args: argparse.Namespace) -> list[Timing]:
-    """Times four optimizers on copies of the trained model with the gradients of one batch; ours comes first.
+def time_optimizers(torchs: nn.Module, our: nn.Module, data: Data, args: argparse.Namespace) -> list[Timing]:
+    """Times four optimizers on copies of the trained models with the gradients of one batch; ours comes first.
 
     Clipping and averaging are part of the step. Unscaling and dividing are not: torch's would shrink the gradients from
     step to step.
     """
-    model.train()
     images, labels = next(iter(make_loader(data, args)))
-    compute_loss(model, images, labels, args).backward()
+    for model in (torchs, our):
+        model.train()
+        compute_loss(model, images, labels, args).backward()
     args = argparse.Namespace(**{**vars(args), "amp": False, "accumulate": 1})
-    ours = FusedSequence(copy_with_gradients(model), args)
+    ours = FusedSequence(copy_with_gradients(our), args)
     kinds = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch for-loop": {"foreach": False}}
-    peers = {name: TorchSequence(copy_with_gradients(model), args, **options) for name, options in kinds.items()}
+    peers = {name: TorchSequence(copy_with_gradients(torchs), args, **options) for name, options in kinds.items()}
     return take_turns({ours.name: ours, **peers}, args.device)
 
 
@@ -124,6 +138,17 @@ def build_parser() -> argparse.ArgumentParser:
         " batches, accuracy, loss and time are compared, and weights are not, since LARS is another rule"
     )
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help=optimizer_help)
+    precision_help = (
+        "other than float32: FusedSGD trains bfloat16 weights, with bfloat16 gradients, and keeps or rounds off what"
+        " they have no bits for as the name says (arithmetic: float32 on a CPU, bfloat16 on a GPU). The peer remains"
+        " torch.optim.SGD in float32: accuracy, loss and time are compared, and weights are not"
+    )
+    add("--precision", choices=PRECISIONS, default="float32", help=precision_help)
+    momentum_dtype_help = (
+        "what FusedSGD keeps momentum in (default: float32; the weights' dtype with --precision bfloat16 and"
+        " bfloat16-stochastic). int8 where rows are whole blocks of 64: --width 64 has more of them"
+    )
+    add("--momentum-dtype", choices=MOMENTUM_DTYPES, help=momentum_dtype_help)
     add("--batch-size", type=number(int, 1), default=128, help="images a step, also with --accumulate")
     add("--epochs", type=number(int, 1), default=20, help="passes over the training set")
     lr_help = f"learning rate after the warm-up (default: {SGD_LR}; with --optimizer lars: {LARS_LR})"
@@ -159,6 +184,10 @@ def prepare(args: argparse.Namespace) -> None:
         raise InputError("--optimizer lars adapts parameters that have weight decay: --weight-decay must be above 0")
     if args.optimizer == "sgd" and args.sgd_lr is not None:
         raise InputError("--sgd-lr is for --optimizer lars; both runs of --optimizer sgd train at --lr")
+    if args.momentum_dtype is not None and args.momentum == 0:
+        raise InputError("--momentum-dtype is of a momentum that --momentum 0 does not have")
+    if args.precision != "float32" and args.amp:
+        raise InputError("--amp is for float32 weights; a --precision of bfloat16 weights needs no GradScaler")
     if args.lr is None:
         args.lr = LARS_LR if args.optimizer == "lars" else SGD_LR
     if args.sgd_lr is None:
@@ -190,9 +219,9 @@ def compare(args: argparse.Namespace) -> int:
     with Progress(*COLUMNS, console=console) as bar:
         runs = [train(make_sequence, data, args, bar) for make_sequence in (TorchSequence, FusedSequence)]
     models = runs[0].model, runs[1].model
-    equal = None if args.optimizer == "lars" else equal_to_the_bit(*models)
-    timings = time_optimizers(runs[1].model, data, args)
-    print_report(console, runs, timings, verdict(equal, *models))
+    equal = None if not_compared(args) else equal_to_the_bit(*models)
+    timings = time_optimizers(*models, data, args)
+    print_report(console, runs, timings, verdict(equal, *models, args))
     weights = "" if equal is None else f": weights {'' if equal else 'NOT '}equal to the bit"
     draw(args.output, f"A small convolutional network on {data.name}{weights}", machine, runs, timings)
     print(f"picture: {args.output}")

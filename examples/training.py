@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from image_data import Data, shift
+from narrow import with_precision
 from sequences import FusedSequence, TorchSequence
 
 
@@ -91,6 +92,8 @@ def train(
     """
     torch.manual_seed(args.seed)
     model = build_model(data.channels, data.classes, args.width).to(args.device)
+    if make_sequence is not TorchSequence:  # the peer remains float32
+        model = with_precision(model, args)
     loader = make_loader(data, args)
     steps = args.epochs * len(loader)
     warmup = max(1, steps // 10) if args.warmup_epochs is None else round(args.warmup_epochs * len(loader))

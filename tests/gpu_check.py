@@ -34,8 +34,8 @@ WORK = ROOT / "build" / "gpu-check"
 SITE = WORK / "site"  # where the package is built into
 RESULTS = WORK / "benchmark"
 
-# The benchmark, from a folder where both `fused_sgd` (built) and the checkout can be imported.
-BENCHMARK = ["-m", "benchmarks", "step", "--quick", f"--output={RESULTS}"]
+# The benchmarks, from a folder where both `fused_sgd` (built) and the checkout can be imported.
+BENCHMARKS = (("step", "--quick"), ("precision", "--quick", "--shapes=one100m,resnet50"))
 
 MODULES = ("torch", "pytest", "hypothesis", "numpy")
 OPTIONAL_MODULES = ("xdist", "expecttest", "rich", "sklearn", "matplotlib")
@@ -316,16 +316,21 @@ def sanitizer(tool: str) -> Callable[[Check, dict[str, Any]], str]:
 
 
 def benchmark(check: Check, details: dict[str, Any]) -> str:
-    """The speed of one step beside other implementations. Its files are kept inside the JSON."""
+    """The speed of one step, beside other implementations and in each storage mode. Its files are kept in the JSON."""
     require_build()
     shutil.rmtree(RESULTS, ignore_errors=True)
     RESULTS.mkdir(parents=True)
-    status = check.call(sys.executable, *BENCHMARK, environment={"PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}"})
+    ended = {}
+    for command in BENCHMARKS:
+        arguments = ("-m", "benchmarks", *command, f"--output={RESULTS}")
+        status = check.call(sys.executable, *arguments, environment={"PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}"})
+        if status != 0:
+            ended[command[0]] = status
     details["files"] = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    if status != 0:
-        raise StageError(f"it ended with {status}")
-    if not details["files"]:
-        raise StageError("it wrote no file")
+    if ended:
+        raise StageError(", ".join(f"{name} ended with {status}" for name, status in ended.items()))
+    if len(details["files"]) < len(BENCHMARKS):
+        raise StageError(f"{len(details['files'])} files were written, of {len(BENCHMARKS)}")
     return ", ".join(details["files"])
 
 

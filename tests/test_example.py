@@ -1,5 +1,6 @@
 """The example as a user runs it: a process of its own, judged by what it prints, draws and returns."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ for module in ("matplotlib", "rich", "sklearn"):
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 STUDY = SCRIPT.with_name("large_batch.py")
+PRECISION_STUDY = SCRIPT.with_name("precision.py")
+PRECISIONS = ("bfloat16", "bfloat16-split", "bfloat16-master", "bfloat16-stochastic")
 EQUAL = "weights equal to the bit: yes"
 TINY = ("--width", "4", "--epochs", "2", "--batch-size", "96")
 
@@ -129,6 +132,79 @@ def test_lars_beside_sgd(tmp_path, options):
     assert "FusedSGD" not in result.stdout
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precision_beside_float32(tmp_path, precision):
+    result = run_example(tmp_path, "--width", "8", "--epochs", "4", "--batch-size", "64", "--precision", precision)
+    assert_trained(result, tmp_path, "weights equal to the bit: not compared, FusedSGD trains bfloat16 weights")
+    torchs, ours = accuracies(result)
+    assert min(torchs, ours) > 80
+    assert abs(torchs - ours) < 8
+
+
+def test_split_trains_as_float32_masters_do(tmp_path):
+    split, master = (run_example(tmp_path, *TINY, "--precision", f"bfloat16-{how}") for how in ("split", "master"))
+    assert losses(split) == losses(master)
+
+
+def test_float32_peer_does_not_depend_on_the_precision(tmp_path):
+    plain, narrow = (run_example(tmp_path, *TINY, "--precision", precision) for precision in ("float32", "bfloat16"))
+    assert losses(plain)[0] == losses(narrow)[0]
+    assert losses(plain)[1] != losses(narrow)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        (("--momentum-dtype", "float32"), EQUAL),
+        (("--momentum-dtype", "int8"), "weights equal to the bit: not compared, FusedSGD's momentum is int8"),
+        (("--momentum-dtype", "bfloat16"), "weights equal to the bit: not compared, FusedSGD's momentum is bfloat16"),
+    ],
+)
+def test_momentum_dtype(tmp_path, options, weights):
+    assert_trained(run_example(tmp_path, "--width", "16", "--epochs", "1", *options), tmp_path, weights)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_precision_with_everything_around_the_step(tmp_path, optimizer):
+    options = ("--precision", "bfloat16-split", "--momentum-dtype", "float16", "--accumulate", "2", "--clip", "1")
+    result = run_example(tmp_path, *TINY, *options, "--ema", "0.9", "--optimizer", optimizer)
+    assert_trained(result, tmp_path, "weights equal to the bit: not compared", optimizer="Fused")
+    assert len(accuracies(result)) == 4
+
+
+def test_study_of_precisions(tmp_path):
+    guide = tmp_path / "guide.md"
+    guide.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
+    options = ("--width", "2", "--epochs", "1", "--steps", "2", "--seeds", "2", "--guide", str(guide))
+    result = run_script(tmp_path, PRECISION_STUDY, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    text = guide.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- measured -->\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "| split, int8 momentum | 2 | 3.062 | 5.062 |" in text
+    assert guide.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    found = json.loads(guide.with_suffix(".json").read_text())
+    assert len(found["runs"]) == 2 * 2 * 11
+    # What the names promise: both keep the same float32 weights.
+    by_mode = {(run["task"], run["mode"], run["seed"]): run["train_losses"] for run in found["runs"]}
+    for task in ("digits", "characters"):
+        assert by_mode[task, "split", 0] == by_mode[task, "float32 master", 0]
+        assert by_mode[task, "split", 0] != by_mode[task, "split", 1]
+        assert by_mode[task, "float32, rounded start", 0] != by_mode[task, "float32", 0]
+    guide.with_suffix(".png").unlink()
+    again = run_script(tmp_path, PRECISION_STUDY, "--redraw", "--guide", str(guide))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert guide.read_text(encoding="utf-8") == text
+    assert guide.with_suffix(".png").exists()
+
+
+def test_study_of_precisions_without_its_numbers(tmp_path):
+    (tmp_path / "guide.md").write_text("<!-- measured -->\n<!-- end -->\n")
+    result = run_script(tmp_path, PRECISION_STUDY, "--redraw", "--guide", "guide.md")
+    assert result.returncode == 2
+    assert "--redraw: guide.json cannot be read" in " ".join(result.stderr.split())
+
+
 def test_study_of_batch_sizes(tmp_path):
     guide = tmp_path / "guide.md"
     guide.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n")
@@ -143,11 +219,12 @@ def test_study_of_batch_sizes(tmp_path):
     assert guide.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.parametrize("study", [STUDY, PRECISION_STUDY])
 @pytest.mark.parametrize("text", [None, "no place for tables"])
-def test_study_without_a_guide(tmp_path, text):
+def test_study_without_a_guide(tmp_path, study, text):
     if text is not None:
         (tmp_path / "guide.md").write_text(text)
-    result = run_script(tmp_path, STUDY, "--guide", "guide.md")
+    result = run_script(tmp_path, study, "--guide", "guide.md")
     assert result.returncode == 2
     assert "--guide: guide.md is no text with the lines <!-- measured -->" in " ".join(result.stderr.split())
 
@@ -172,6 +249,10 @@ def test_study_without_a_guide(tmp_path, text):
         (("--warmup-epochs", "20"), "--warmup-epochs 20 leaves nothing of --epochs 20"),
         (("--clip", "0"), "--clip: 0 is not a finite float above 0"),
         (("--clip", "nan"), "--clip: nan is not a finite float above 0"),
+        (("--precision", "float8"), "--precision: invalid choice: 'float8'"),
+        (("--precision", "bfloat16-split", "--amp"), "--amp is for float32 weights"),
+        (("--momentum-dtype", "int4"), "--momentum-dtype: invalid choice: 'int4'"),
+        (("--momentum-dtype", "int8", "--momentum", "0"), "a momentum that --momentum 0 does not have"),
         (("--ema", "1"), "--ema: 1 is not a finite float of at least 0 and below 1"),
     ],
 )

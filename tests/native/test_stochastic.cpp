@@ -137,7 +137,7 @@ int layout() {
     };
     for (int64_t i = 0; i < n; ++i) CHECK(format(elements).store(i, x[i]) == Case::value(expected[i]));
     CHECK(elements == expected);
-    for (const int64_t head : {0, 3, 4}) {  // as a tensor's first elements before a boundary
+    for (const int64_t head : {0, 8}) {
       std::fill(packs.begin(), packs.end(), uint16_t{0});
       int64_t i = 0;
       for (; i < head; ++i) format(packs).store(i, x[i]);
