@@ -72,8 +72,8 @@ def test_cuda_kernels_compile_without_torch_and_spill_no_register(tmp_path: Path
     report = built.stdout + built.stderr
     assert built.returncode == 0, report
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    # Four kinds of steps, each with averages and without, and four of norms; each for small tables, large ones, and those
-    # in device memory, but that the general ones have none for small tables.
+    # Four kinds of steps, each with averages and without, and four of norms; each for small tables, large ones, and
+    # those in device memory, but that the general ones have none for small tables.
     assert len(spills) == (4 * 2 + 4) * 3 - 3
     assert set(spills) == {("0", "0", "0")}, report
 
