@@ -213,7 +213,11 @@ CONVERSIONS: list[tuple[torch.dtype, dict[str, Any], dict[str, Any], set[str]]] 
 
 @FUSED
 @pytest.mark.parametrize("running", [False, True], ids=["loaded", "in mid-run"])
-@pytest.mark.parametrize(("dtype", "before", "after", "said"), CONVERSIONS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "before", "after", "said"),
+    CONVERSIONS,
+    ids=lambda value: " and ".join(sorted(value)) if isinstance(value, set) else str(value),  # a set has no order
+)
 def test_conversions(
     dtype: torch.dtype, before: dict[str, Any], after: dict[str, Any], said: set[str], running: bool, fused: bool
 ) -> None:
