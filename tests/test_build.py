@@ -19,7 +19,8 @@ PACKAGE = Path(fused_sgd.__file__).parent
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd="/", timeout=300)
+    # Long enough for a build of everything on two busy cores.
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd="/", timeout=2400)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
