@@ -33,8 +33,9 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python examples/train.py
 
 # The pytest script, not `python -m pytest`: that would put the checkout on the path, before the installed package.
+# loadgroup: what one long build serves runs in one worker (tests/test_build.py).
 test: $(VENV)/installed
-	$(VENV)/bin/pytest -n auto --ignore=tests/integrations
+	$(VENV)/bin/pytest -n auto --dist loadgroup --ignore=tests/integrations
 
 test-integrations: $(VENV_INTEGRATIONS)/installed
 	$(VENV_INTEGRATIONS)/bin/pytest -n auto -m "not torch_free"

@@ -12,6 +12,7 @@ import torch
 from fused_sgd._checkpoint import Shared, as_saved, unpack, without_unset_momentum
 from fused_sgd._elsewhere import step_elsewhere
 from fused_sgd._explain import Explanation, explain
+from fused_sgd._hooks import with_hooks
 from fused_sgd._hyperparameters import (
     check_defaults,
     check_duplicates,
@@ -196,6 +197,7 @@ class FusedSGD(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @with_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step.
 

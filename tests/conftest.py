@@ -15,6 +15,7 @@ MARKS = {
     "torch_free": "builds or runs what does not depend on torch's version, at length",
     "cpu_only": "of a module whose tests run on every device, one that says nothing about GPUs",
     "exclusive": "takes a GPU for itself; skipped by the workers of pytest-xdist",
+    "xdist_group": "pytest-xdist's own, for where it is not installed",
     "sanitizer": "small enough for compute-sanitizer, which makes a kernel 10 to 100 times slower",
 }
 

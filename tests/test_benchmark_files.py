@@ -179,7 +179,7 @@ def test_breakdown_adds_up() -> None:
     breakdown, measuring = benchmarks("breakdown"), benchmarks("measure")
     shapes = benchmarks("shapes").ShapeSet("small", "", 20 * ((16,),), param_groups=4)
     parts = breakdown.break_down(shapes, measuring.Effort(min_rounds=3, max_rounds=3, seconds=0.1))
-    assert len(parts) == len(breakdown.PARTS) + 1
+    assert len(parts) == len(breakdown.PARTS) + 2
     assert parts[0].median > 0
     # Each round adds up to the whole; with one round, so would the medians.
     one = breakdown._differences([[1.0, 1.0], [3.0, 3.0], [7.0, 7.0]])

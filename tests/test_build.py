@@ -53,6 +53,7 @@ NATIVE_TESTS += [f"{test}_{isa}" for test in ("stochastic", "int8") for isa in (
 
 
 @pytest.mark.torch_free
+@pytest.mark.xdist_group("native build")
 @pytest.mark.parametrize("test", NATIVE_TESTS)
 def test_native(native_build: Path, test: str) -> None:
     if "_avx" in test and platform.machine() not in ("x86_64", "AMD64"):
@@ -90,6 +91,7 @@ def test_the_module_has_the_kernels_it_was_built_for() -> None:
 
 
 @pytest.mark.torch_free
+@pytest.mark.xdist_group("native build")
 def test_no_instruction_set_leaks_into_another(native_build: Path) -> None:
     """An inline function compiled for AVX-512 and merged by the linker would crash machines without it."""
     if shutil.which("nm") is None:

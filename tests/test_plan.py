@@ -193,23 +193,29 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("others", [0, 500])  # before those that change: enough for a second thread
 @pytest.mark.parametrize("fresh_gradients", [False, True])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_change_between_steps(change: Callable[[Optimizer, list[Tensor]], None], fresh_gradients: bool) -> None:
+def test_change_between_steps(
+    change: Callable[[Optimizer, list[Tensor]], None], fresh_gradients: bool, others: int
+) -> None:
+    torch.set_num_threads(2)
     params = make_params(SHAPES)
     expected = copies(params)
-    mine = FusedSGD(list(params), **OPTIONS)
-    theirs = torch.optim.SGD(list(expected), **OPTIONS, foreach=False)
-    set_grads(params, expected, seed=0)
+    first = make_params(others * [(3,)], seed=1)
+    first_expected = copies(first)
+    mine = FusedSGD([*first, *params], **OPTIONS)
+    theirs = torch.optim.SGD([*first_expected, *expected], **OPTIONS, foreach=False)
+    set_grads(first + params, first_expected + expected, seed=0)
     for step in range(5):
         if fresh_gradients:
-            set_grads(params, expected, seed=step)
+            set_grads(first + params, first_expected + expected, seed=step)
         if step == 2:
             change(mine, params)
             change(theirs, expected)
         mine.step()
         theirs.step()
-        assert_same(mine, theirs, params, expected, f"at step {step}")
+        assert_same(mine, theirs, first + params, first_expected + expected, f"at step {step}")
 
 
 def test_tensor_lr_is_read_at_every_step() -> None:

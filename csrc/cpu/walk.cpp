@@ -8,7 +8,7 @@
 namespace fused_sgd::cpu {
 namespace {
 
-// The first lines of the next row's tensors: the hardware follows a stream, but does not guess where the next begins.
+// The first lines of a coming row's tensors: the hardware follows a stream, but does not guess where the next begins.
 // Tiny tensors are likely there already.
 // (Always inlined: GCC takes a function that only prefetches for one without effects, and drops the call.)
 template <int kColumns>
@@ -70,7 +70,9 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
       walk(row.columns(), h, begin, end < row.length ? end : row.length);
       return i + 1;
     }
-    prefetch_row<P::kColumns + G::kColumns + M::kColumns>(table.row(i + 1));
+    // Two rows ahead: a small row is done before the next one could arrive.
+    const uint32_t ahead = i + 2 < table.row_count ? i + 2 : i + 1;
+    prefetch_row<P::kColumns + G::kColumns + M::kColumns>(table.row(ahead));
     walk(row.columns(), h, begin, row.length);
   }
 }

@@ -37,6 +37,8 @@ class Ref {
 // which saves looking a key up again; later ones do not, and there the answer is always no.
 class DictVersion {
  public:
+  static constexpr bool kExists = PY_VERSION_HEX < 0x030C0000;
+
   bool is_of(PyObject* dict) const {
 #if PY_VERSION_HEX < 0x030C0000
     return version_ != 0 && reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == version_;

@@ -1,4 +1,5 @@
 // The Python module fused_sgd._C: the plan, and what the package tells about itself.
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -42,6 +43,11 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
                            nullptr};
+
+// Whether a profiler, or anything else that observes torch's functions, is active in this thread.
+PyObject* is_recording(PyObject*, PyObject*) { return PyBool_FromLong(at::hasCallbacks()); }
+
+PyMethodDef is_recording_method = {"is_recording", &is_recording, METH_NOARGS, nullptr};
 
 // The columns of a table's row in which the momentum buffer and the average stand.
 py::tuple state_columns(int line) {
@@ -90,6 +96,7 @@ PYBIND11_MODULE(_C, m) {
       .def("forget", &Plan::forget);
 
   m.add_object("step", py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr)));
+  m.add_object("is_recording", py::reinterpret_steal<py::object>(PyCFunction_New(&is_recording_method, nullptr)));
   m.def("combination", &find_combination, "The kernels' number for formats of parameter, gradient, momentum, or -1.");
   m.def("state_columns", &state_columns, "Where a combination's momentum buffer and average stand in a table's row.");
   m.def("is_plain", &is_plain, "Whether the kernel can walk this tensor's memory.");

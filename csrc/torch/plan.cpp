@@ -265,6 +265,8 @@ void Plan::forget() {
   const auto groups = std::exchange(groups_, std::vector<GroupEntry>());  // goes last
   active_.clear();
   idle_.clear();
+  watched_.clear();
+  watched_states_.clear();
   prints_.clear();
   written_.clear();
   written_moved_ = true;

@@ -6,7 +6,8 @@
 // the judging is done (fused_sgd/_judge.py), and nothing is written until all of it is settled.
 //
 //   plan.cpp          what a step may find, and the order of its parts
-//   plan_match.cpp    is all as it was? the steady step; else the plan is brought to the optimizer's shape
+//   plan_steady.cpp   is all as it was? then only values and the gradients' addresses go into the tables
+//   plan_match.cpp    else the plan is brought to the optimizer's shape, and the tables are packed anew
 //   plan_memory.cpp   memory that is shared, copied, or put into the state
 //   plan_norms.cpp    the first pass, where a step must see every gradient before it writes
 //   plan_walk.cpp     the step itself, and what comes after
@@ -92,8 +93,7 @@ class Plan {
     bool stage = false;
   };
 
-  // What a step reads of a parameter comes first.
-  struct alignas(64) Entry {
+  struct Entry {
     Ref param;
     Ref state;  // the parameter's own dict
     DictVersion state_version;
@@ -128,6 +128,7 @@ class Plan {
     Ref dict;
     GroupReader reader;
     std::vector<Entry> entries;
+    std::vector<PyObject*> params;  // theirs, borrowed
     // Where its hyperparameters stand in the tables: (target, group of the table).
     std::vector<std::pair<uint8_t, uint32_t>> placed;
     bool momentum = false;  // whether the group had one when it was placed
@@ -154,16 +155,51 @@ class Plan {
     std::array<char*, kMaxStates> state_data{};
   };
 
+  // What a steady step compares of a tensor: all that it was.
+  struct Watched {
+    const c10::TensorImpl* impl = nullptr;
+    const c10::StorageImpl* storage = nullptr;  // only to be called into the cache
+    const Fingerprint* print = nullptr;
+    char* data = nullptr;  // null when it has no row in the table
+
+    void call() const;
+    bool holds(const c10::TensorImpl* now, bool writable) const;
+  };
+  struct WatchedState {
+    PyObject* object = nullptr;
+    Watched tensor;
+  };
+  // And of a parameter that takes part; close together, as an Entry and an Active are not. Objects are borrowed from
+  // the entry, or are its state's for as long as the dict's version is this one.
+  struct WatchedEntry {
+    PyObject* param_object = nullptr;
+    Watched param, grad;
+    const at::Tensor* grad_slot = nullptr;
+    void** grad_pointer = nullptr;  // in the table
+    PyObject* state = nullptr;
+    DictVersion state_version;
+    uint32_t first_state = 0;            // of watched_states_
+    c10::DeviceIndex device_index = -1;  // of a GPU
+    uint8_t state_count = 0;
+    bool is_copy = false;
+  };
+
   class Busy;
   pybind11::object run(PyObject* state, PyObject* reduce, PyObject* elsewhere);
   pybind11::object settle(PyObject* state);
+
+  // plan_steady.cpp
+  void watch_all();
+  bool is_steady();
+  bool are_steady(std::size_t begin, std::size_t end);
+  bool replace_groups();
+  void bump_watched();
+  void over_watched(c10::function_ref<void(std::size_t begin, std::size_t end)> run);
 
   // plan_match.cpp
   void match_group(std::size_t number, PyObject* dict);
   void find_states(PyObject* state);
   pybind11::object prepare(PyObject* param_groups, PyObject* state);
-  bool is_steady();
-  bool replace_groups();
   pybind11::object scan();
   pybind11::object place(GroupEntry& group, std::size_t number, uint8_t target, uint32_t* table_group);
   bool holds(Entry& entry, Active& active, const at::Tensor& grad, bool momentum);
@@ -216,7 +252,9 @@ class Plan {
   std::vector<Entry> discarded_entries_;
   pybind11::object state_;  // a weak reference: State holds the plan, and a circle would outlive the optimizer
   std::vector<Active> active_;
-  std::vector<const Entry*> idle_;  // without a gradient
+  std::vector<const Entry*> idle_;            // without a gradient
+  std::vector<WatchedEntry> watched_;         // for each of active_, when steady_
+  std::vector<WatchedState> watched_states_;  // of all of them, one after the other
   std::vector<Where> elsewhere_;
   std::vector<at::Tensor> held_;    // kept alive while the GIL is released
   std::vector<at::Tensor> copies_;  // what staged tensors are walked through
@@ -242,6 +280,7 @@ class Plan {
   bool any_new_ = false;
   bool any_copies_ = false;
   bool steady_ = false;          // the tables are those of a step that was done, and nothing but values may differ
+  bool repeats_ = false;         // this step is such a step
   bool values_changed_ = false;  // of a group's hyperparameters
   uint32_t round_ = 0;           // counts calls of step()
   bool states_known_ = true;

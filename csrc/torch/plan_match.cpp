@@ -1,7 +1,7 @@
-// Is all as it was? A steady step answers yes with a few loads and compares a tensor, and writes at most the gradients'
-// new addresses into the table. Else the plan is brought to the optimizer's shape, and the table is packed anew.
+// The plan is brought to the optimizer's shape, every tensor is looked up, and the tables are packed.
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "plan.h"
@@ -44,12 +44,15 @@ void Plan::match_group(std::size_t number, PyObject* dict) {
     throw type_error("param_groups[" + std::to_string(number) + "]['params'] must be a list of tensors");
   }
   const auto size = static_cast<std::size_t>(PyList_GET_SIZE(params));
+  PyObject* const* const items = PySequence_Fast_ITEMS(params);
+  if (group.params.size() == size && std::equal(items, items + size, group.params.data())) return;
   if (group.entries.size() != size) {
     for (Entry& entry : group.entries) discarded_entries_.push_back(std::move(entry));
     group.entries.clear();
     group.entries.resize(size);
     written_moved_ = true;
   }
+  group.params.clear();
   for (std::size_t i = 0; i < size; ++i) {
     PyObject* param = PyList_GET_ITEM(params, i);
     Entry& entry = group.entries[i];
@@ -65,6 +68,7 @@ void Plan::match_group(std::size_t number, PyObject* dict) {
     entry.where = Where{static_cast<uint32_t>(number), static_cast<uint32_t>(i)};
     written_moved_ = true;
   }
+  group.params.assign(items, items + size);
 }
 
 // Finds the parameters' own dicts. Hashing a parameter runs Python code, so this comes before any pointer is taken.
@@ -222,7 +226,7 @@ py::object Plan::scan() {
     }
   }
   for (Target& target : targets_) target.packer.start(static_cast<int>(columns));
-  grads_moved_ = any_staged_ = any_new_ = any_copies_ = false;
+  grads_moved_ = any_staged_ = any_new_ = any_copies_ = repeats_ = false;
   bool simple = true;  // enough for is_steady()
   py::object to_judge;
   for (std::size_t g = 0; g < groups_.size(); ++g) {
@@ -285,78 +289,6 @@ py::object Plan::scan() {
   }
   steady_ = simple && elsewhere_.empty() && !any_new_;
   return py::none();
-}
-
-// The groups' new values into the tables. False if they no longer share rows as they did.
-bool Plan::replace_groups() {
-  for (Target& target : targets_) target.packer.restart_groups();
-  for (GroupEntry& group : groups_) {
-    const Group& values = group.reader.values();
-    if (group.reader.has_addresses() || group.momentum != (values.momentum != 0)) return false;
-    if (group.reader.too_large() != kKeyCount) return false;
-    for (const auto& [target, number] : group.placed) {
-      if (targets_[target].packer.add_group(values) != number) return false;
-    }
-  }
-  return true;
-}
-
-// Whether the tables of the last step are this one's too, but for values and the gradients' addresses, which are
-// brought up to date. Whatever else differs is left to scan(). No line of Python runs here.
-bool Plan::is_steady() {
-  if (written_moved_ || !states_known_ || (values_changed_ && !replace_groups())) return false;
-  grads_moved_ = false;
-  for (const Entry* entry : idle_) {
-    const at::Tensor* grad = gradient_of(THPVariable_Unpack(entry->param.get()));
-    if (grad != nullptr && grad->defined()) return false;
-  }
-  Active* const end = active_.data() + active_.size();
-  constexpr int kAhead = 6;  // what a step touches was last touched a step ago: the caches have forgotten it
-  for (Active* a = active_.data(); a != end; ++a) {
-    if (a + kAhead < end) {
-      const Active& next = a[kAhead];
-      __builtin_prefetch(next.entry);
-      __builtin_prefetch(reinterpret_cast<const char*>(next.entry) + 64);
-      __builtin_prefetch(next.param);
-      __builtin_prefetch(next.grad);
-      __builtin_prefetch(next.entry->state.get());
-    }
-    Entry& entry = *a->entry;
-    const at::Tensor& param = THPVariable_Unpack(entry.param.get());
-    const c10::TensorImpl& impl = *param.unsafeGetTensorImpl();
-    if (&param != a->param || !entry.param_print->matches(impl) || entry.written_by_others(impl)) return false;
-    const at::Tensor* grad = gradient_of(param);
-    if (grad == nullptr || !grad->defined() || !entry.grad_print->matches(*grad->unsafeGetTensorImpl())) return false;
-    a->grad = grad;
-    if (entry.state_count != 0) {
-      if (!entry.state_version.is_of(entry.state.get()) && !find_state_tensors(entry, *a)) return false;
-      for (int k = 0; k < entry.state_count; ++k) {
-        const StateTensor& state = entry.states[k];
-        PyObject* object = state.object;
-        if (!THPVariable_CheckExact(object)) return false;
-        const at::Tensor& tensor = THPVariable_Unpack(object);
-        if (!state.print->matches(*tensor.unsafeGetTensorImpl())) return false;
-        a->states[k] = &tensor;
-        if (a->row == nullptr) continue;
-        if (state.print->locate(*tensor.unsafeGetTensorImpl(), true) != a->state_data[k]) return false;
-        if (entry.target != 0 && tensor.device() != targets_[entry.target].device) return false;
-      }
-    }
-    if (a->row == nullptr) continue;
-    if (entry.target != 0) {
-      const c10::Device device = targets_[entry.target].device;
-      if (impl.device() != device || grad->device() != device) return false;
-    }
-    char* data = entry.grad_print->locate(*grad->unsafeGetTensorImpl(), false);
-    if (data == nullptr || entry.param_print->locate(impl, true) != a->param_data) return false;
-    if (data != a->grad_data) {
-      a->grad_data = data;
-      a->row[entry.grad_column] = data;
-      grads_moved_ = true;
-    }
-  }
-  any_new_ = false;
-  return steady_ = true;
 }
 
 }  // namespace fused_sgd

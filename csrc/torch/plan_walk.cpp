@@ -114,18 +114,22 @@ void Plan::walk() {
 
 // After the walk: copies go home, autograd learns what was written, and the plan remembers what it saw.
 void Plan::commit() {
-  for (const Active& a : active_) {
-    const at::Tensor& outer = THPVariable_Unpack(a.entry->param.get());
-    a.param->unsafeGetTensorImpl()->bump_version();
-    if (&outer != a.param) outer.unsafeGetTensorImpl()->bump_version();  // a DTensor around it
-    for (int k = 0; k < a.entry->state_count; ++k) a.states[k]->unsafeGetTensorImpl()->bump_version();
+  if (repeats_) {
+    bump_watched();
+  } else {
+    for (const Active& a : active_) {
+      const at::Tensor& outer = THPVariable_Unpack(a.entry->param.get());
+      a.param->unsafeGetTensorImpl()->bump_version();
+      if (&outer != a.param) outer.unsafeGetTensorImpl()->bump_version();  // a DTensor around it
+      for (int k = 0; k < a.entry->state_count; ++k) a.states[k]->unsafeGetTensorImpl()->bump_version();
+    }
   }
   if (any_staged_) unstage();
   if (any_copies_) {
     for (const Active& a : active_)
       a.entry->version = a.param->unsafeGetTensorImpl()->version_counter().current_version();
   }
-  if (!written_moved_ && !grads_moved_ && installed_.empty()) return;
+  if (repeats_) return;
   for (const Active& a : active_) {
     Entry& e = *a.entry;
     e.new_states.set(nullptr);
@@ -136,6 +140,7 @@ void Plan::commit() {
   }
   installed_.clear();
   written_moved_ = false;
+  if (steady_) watch_all();
 }
 
 }  // namespace fused_sgd
