@@ -125,14 +125,13 @@ bool Plan::are_steady(std::size_t begin, std::size_t end) {
 
     const WatchedState* states = watched_states_.data() + w.first_state;
     if (w.state_count != 0 && !w.state_version.is_of(w.state)) {
-      Entry& entry = *active_[i].entry;
+      if (DictVersion::kExists) return false;
+      const Entry& entry = *active_[i].entry;
       for (int k = 0; k < w.state_count; ++k) {
         if (PyDict_GetItemWithError(w.state, entry.states[k].key) == states[k].object) continue;
         PyErr_Clear();
         return false;
       }
-      w.state_version.take(w.state);
-      entry.state_version.take(w.state);
     }
     for (int k = 0; k < w.state_count; ++k) {
       if (!THPVariable_CheckExact(states[k].object)) return false;
@@ -172,7 +171,7 @@ void Plan::bump_watched() {
 }
 
 // Runs run(begin, end) over watched_, on several threads where it is long. The calling thread keeps the GIL, and the
-// others only read Python's objects.
+// others only read fields of Python's objects; where dicts must be looked into, it does all.
 void Plan::over_watched(c10::function_ref<void(std::size_t begin, std::size_t end)> run) {
   const std::size_t count = watched_.size();
   if (!DictVersion::kExists || count < kSerialTensors || at::get_num_threads() == 1) return run(0, count);
