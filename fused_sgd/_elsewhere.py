@@ -8,6 +8,7 @@ import torch
 from fused_sgd._dtensor import local, placed_like
 from fused_sgd._judge import gradient, state_tensor, state_tensors
 from fused_sgd._new_state import new_state
+from fused_sgd._norms import TrustRatio
 from fused_sgd._precision import (
     Group,
     Storage,
@@ -32,7 +33,7 @@ def step_elsewhere(
     entries: list[tuple[int, int]],
     grad_scale: float | Tensor | None,
     totals: Tensor | None,
-) -> None:
+) -> list[TrustRatio]:
     """Steps parameters, all of them judged.
 
     Args:
@@ -41,23 +42,31 @@ def step_elsewhere(
         entries: the parameters, as (group, index).
         grad_scale: what gradients are divided by.
         totals: the sum of squares of all gradients of the step, where it is needed: float64, of shape (2,).
+
+    Returns:
+        What each parameter with a trust ratio got.
     """
+    ratios = []
     for number, options in enumerate(groups):
-        params = [options["params"][index] for group, index in entries if group == number]
+        indices = [index for group, index in entries if group == number]
         clip = None
         if options["max_grad_norm"] is not None:
             assert totals is not None
             clip = clip_coefficient(totals[0].sqrt(), options["max_grad_norm"])
         with torch.set_grad_enabled(bool(options["differentiable"])):
             if options["foreach"]:
-                _by_torch(options, params, state, grad_scale, clip)
+                _by_torch(options, [options["params"][index] for index in indices], state, grad_scale, clip)
                 continue
-            for param in params:
+            for index in indices:
+                param = options["params"][index]
                 if _is_sparse(param):
                     _by_torch(options, [param], state, grad_scale, clip)
                 else:
                     _add_new_state(groups, number, param, state)
-                    _by_reference(options, param, state, grad_scale, clip)
+                    ratio = _by_reference(options, param, state, grad_scale, clip)
+                    if ratio is not None:
+                        ratios.append(TrustRatio(number, index, *(found.detach() for found in ratio)))
+    return ratios
 
 
 def _add_new_state(groups: list[Group], number: int, param: Tensor, state: dict[Tensor, Any]) -> None:
@@ -79,12 +88,14 @@ def _is_sparse(param: Tensor) -> bool:
 
 def _by_reference(
     options: Group, param: Tensor, state: dict[Tensor, Any], scale: float | Tensor | None, clip: Tensor | None
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Returns the norms of a parameter with a trust ratio, and that."""
     grad = gradient(param)
     kept = storage(options, param)
     inner = state.get(param, {})
     weights = _weights(param, inner, kept)
     buffer = _momentum(param, inner, kept)
+    ratio = _trust_ratio(options, weights, grad, scale, clip)
     new_buffer = sgd_update(
         weights,
         grad,
@@ -92,7 +103,7 @@ def _by_reference(
         grad_scale=scale,
         clip_coefficient=None if clip is None else clip.to(param.device),
         decoupled_weight_decay=options["decoupled_weight_decay"],
-        trust_ratio=_trust_ratio(options, weights, grad, scale, clip),
+        trust_ratio=None if ratio is None else ratio[2],
         lr_in_momentum=options.get("lr_in_momentum", False),
         **{key: options[key] for key in _HYPERPARAMETERS},
     )
@@ -101,6 +112,7 @@ def _by_reference(
         average(inner["ema"], weights if kept.has_master else param, options["ema_decay"])
     if options["momentum"] != 0:
         _store_momentum(param, new_buffer, state[param], kept)
+    return ratio
 
 
 def _weights(param: Tensor, inner: dict[str, Any], kept: Storage) -> Tensor:
@@ -150,13 +162,15 @@ def _store_momentum(param: Tensor, buffer: Tensor | None, inner: dict[str, Any],
 
 def _trust_ratio(
     options: Group, param: Tensor, grad: Tensor, scale: float | Tensor | None, clip: Tensor | None
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     if "trust_coeff" not in options:
         return None
-    norm = global_norm([grad.detach()], scale)
-    return trust_ratio(
-        global_norm([param.detach()]),
-        norm if clip is None else norm * clip.to(norm.device),
+    param_norm, grad_norm = global_norm([param.detach()]), global_norm([grad.detach()], scale)
+    if clip is not None:
+        grad_norm = grad_norm * clip.to(grad_norm.device)
+    ratio = trust_ratio(
+        param_norm,
+        grad_norm,
         lr=options["lr"],
         weight_decay=options["weight_decay"],
         trust_coeff=options["trust_coeff"],
@@ -164,6 +178,7 @@ def _trust_ratio(
         trust_clip=options["trust_clip"],
         always_adapt=options["always_adapt"],
     )
+    return param_norm, grad_norm, ratio
 
 
 def _by_torch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fused_sgd._dtensor import dtensor, local
@@ -12,6 +12,16 @@ from fused_sgd.reference import any_nonfinite, global_norm
 from torch import Tensor
 
 Reduce = Callable[[Tensor], None]
+
+
+class TrustRatio(NamedTuple):
+    """What the last step found of one parameter; 0-dim float64 tensors on its device."""
+
+    group: int
+    parameter: int  # its index in the group
+    param_norm: Tensor  # L2, before the step
+    grad_norm: Tensor  # L2, after unscaling and clipping
+    ratio: Tensor  # what the gradient with its penalty was multiplied by, without the learning rate
 
 
 def make_reduce(groups: list[Group], process_group: Any) -> Reduce | None:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from fused_sgd._norms import TrustRatio
 from fused_sgd.optimizer import FusedSGD
 from fused_sgd.reference import clip_coefficient, trust_ratio
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
-
-
-class TrustRatio(NamedTuple):
-    """What the last step found of one parameter; 0-dim float64 tensors on its device."""
-
-    group: int
-    parameter: int  # its index in the group
-    param_norm: Tensor  # L2, before the step
-    grad_norm: Tensor  # L2, after unscaling and clipping
-    ratio: Tensor  # what the gradient with its penalty was multiplied by, without the learning rate
 
 
 class FusedLARS(FusedSGD):
@@ -105,13 +96,13 @@ class FusedLARS(FusedSGD):
         self._start(params, defaults, norm_process_group)
 
     def trust_ratios(self) -> list[TrustRatio]:
-        """Norms and trust ratio of each parameter that the last step's kernel took, for logging.
+        """Norms and trust ratio of each parameter that the last step took, for logging.
 
-        They are computed from the norms the step has left, without waiting for the GPU.
+        Those of a kernel's step are computed from the norms it has left, without waiting for the GPU.
         """
         found = [] if self._plan is None else self._plan.row_squares()
-        norm = self.grad_norm
-        rows = []
+        norm = super().grad_norm
+        rows = self._find_ratios()
         for group, index, squares in found:
             options = self.param_groups[group]
             param_norm, grad_norm = squares.sqrt().unbind()
@@ -120,7 +111,16 @@ class FusedLARS(FusedSGD):
             keys = ("lr", "weight_decay", "trust_coeff", "eps", "trust_clip", "always_adapt")
             ratio = trust_ratio(param_norm, grad_norm, **{key: options[key] for key in keys})
             rows.append(TrustRatio(group, index, param_norm, grad_norm, ratio))
-        return rows
+        return sorted(rows, key=lambda row: (row.group, row.parameter))
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global L2 norm of the gradients of the last step, as for :class:`FusedSGD`: LARS always needs norms."""
+        norm = super().grad_norm
+        rows = self.trust_ratios() if norm is None else []
+        if not rows:
+            return norm
+        return torch.stack([row.grad_norm.to(rows[0].grad_norm.device) for row in rows]).square().sum().sqrt()
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

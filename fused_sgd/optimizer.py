@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, overload
+from typing import Any, overload
 
 import torch
 from fused_sgd._checkpoint import Shared, as_saved, unpack, without_unset_momentum
-from fused_sgd._elsewhere import step_elsewhere
 from fused_sgd._explain import Explanation, explain
 from fused_sgd._hooks import with_hooks
 from fused_sgd._hyperparameters import (
     check_defaults,
     check_duplicates,
-    check_foreach,
     check_grad_scale,
     check_numbers,
     check_one_element,
     check_path,
     check_same,
-    check_storage,
 )
-from fused_sgd._judge import gradient, judge, place, state_tensor, unsound_state
+from fused_sgd._judge import state_tensor
 from fused_sgd._native import C
-from fused_sgd._new_state import new_state
-from fused_sgd._norms import Reduce, make_reduce, squares
-from fused_sgd._precision import convert, refresh_master
+from fused_sgd._norms import make_reduce
+from fused_sgd._settling import Settling, overflowed, plan_step
 from fused_sgd._state import State
 from fused_sgd.reference import is_unset
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
-
-if C is not None:
-    _step = C.step
-else:
-
-    def _step(*arguments: Any) -> tuple[str]:
-        return ("no plan",)
-
+from torch.optim.optimizer import ParamsT
 
 # What decides HOW a group is stepped belongs to the running optimizer, not to a checkpoint.
 _STORAGE_KEYS = ("momentum_dtype", "master_weights", "stochastic_rounding")
@@ -57,7 +43,7 @@ _OFF = {
 }
 
 
-class FusedSGD(Optimizer):
+class FusedSGD(Settling):
     r"""Stochastic gradient descent, with the bits of :class:`torch.optim.SGD` and one pass for the whole model.
 
     A replacement for :class:`torch.optim.SGD`: same arguments, same defaults, same state. In float32 and float64 the
@@ -165,7 +151,8 @@ class FusedSGD(Optimizer):
         self._plan = None if C is None else C.Plan()
         self.norm_process_group = norm_process_group
         self._skipped = 0
-        self._totals: Tensor | None = None
+        self._totals = None
+        self._ratios = (None, [])
         self._holds_averages = False
         super().__init__(params, defaults)
         self.state = State(self._plan, self.state)
@@ -189,7 +176,7 @@ class FusedSGD(Optimizer):
                 raise ValueError(f"`trust_coeff` is an option of FusedLARS (param group {len(self.param_groups)})")
             check_same([*self.param_groups, {**self.defaults, **param_group}])
         super().add_param_group(param_group)
-        self._reduce: Reduce | None = make_reduce(self.param_groups, self.norm_process_group)
+        self._reduce = make_reduce(self.param_groups, self.norm_process_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -224,7 +211,7 @@ class FusedSGD(Optimizer):
         attributes = self.__dict__
         if "found_inf" in attributes or "grad_scale" in attributes:
             self._step_scaled(attributes)
-        elif (rest := _step(self._plan, self.param_groups, self.state, None, None, self._reduce, None)) is not None:
+        elif (rest := plan_step(self._plan, self.param_groups, self.state, None, None, self._reduce, None)) is not None:
             self._settle(rest, None, None)
         return loss
 
@@ -255,7 +242,7 @@ class FusedSGD(Optimizer):
             scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
             if _on_gpu(found_inf):
                 check_one_element("found_inf", found_inf)
-            elif _overflowed(found_inf):
+            elif overflowed(found_inf):
                 return
             elif found_inf is not None:
                 found_inf = 0.0
@@ -263,7 +250,7 @@ class FusedSGD(Optimizer):
                 check_one_element("grad_scale", scale)
             else:
                 scale = check_grad_scale(scale)
-            rest = _step(self._plan, self.param_groups, self.state, scale, found_inf, self._reduce, None)
+            rest = plan_step(self._plan, self.param_groups, self.state, scale, found_inf, self._reduce, None)
             if rest is not None:
                 self._settle(rest, scale, found_inf)
         except BaseException:
@@ -273,177 +260,7 @@ class FusedSGD(Optimizer):
                 attributes.pop("found_inf", None)
             raise
 
-    def _settle(
-        self, rest: tuple[Any, ...], grad_scale: Tensor | float | None, found_inf: Tensor | float | None
-    ) -> None:
-        """Does what the plan could not: judges, raises, or steps the parameters that no kernel takes."""
-
-        def again(elsewhere: Tensor | None = None) -> tuple[Any, ...] | None:
-            groups, state = self.param_groups, self.state
-            answered: tuple[Any, ...] | None
-            answered = _step(self._plan, groups, state, grad_scale, found_inf, self._reduce, elsewhere)
-            return answered
-
-        answer: tuple[Any, ...] | None = rest
-        if rest[0] == "state":  # someone put another dict there
-            self.state = State(self._plan, self.state)
-            answer = again()
-        if answer is not None and answer[0] == "judge":
-            self._admit(answer[1])
-            answer = again()
-        if answer is not None and answer[0] in ("scalars", "mode", "no plan"):
-            # Not everything is stepped where these stand, so the host must know them; that waits for the GPU.
-            if _overflowed(found_inf):
-                return
-            grad_scale, found_inf = check_grad_scale(grad_scale), None if found_inf is None else 0.0
-            answer = again()
-        if answer is not None and answer[0] == "norms":
-            answer = again(squares(self._gradients(answer[1]), grad_scale))
-        if answer is None:
-            return
-        if answer[0] == "skipped":
-            self._skipped += 1
-        elif answer[0] == "elsewhere":
-            step_elsewhere(self.param_groups, self.state, answer[1], grad_scale, self._find_totals())
-        elif answer[0] in ("mode", "no plan"):
-            if answer[0] == "mode" and any(group["fused"] for group in self.param_groups):
-                raise RuntimeError("`fused=True` cannot be honoured under an active TorchDispatchMode; use fused=None")
-            self._step_without_plan(grad_scale)
-        else:
-            self._refuse(*answer)
-
-    def _gradients(self, entries: list[tuple[int, int]]) -> list[Tensor]:
-        return [gradient(self.param_groups[group]["params"][index]) for group, index in entries]
-
-    def _step_without_plan(self, grad_scale: Tensor | float | None) -> None:
-        """A step in which no kernel takes part."""
-        entries = self._judge_all()
-        options = self.param_groups[0]
-        self._totals = None
-        if options["max_grad_norm"] is not None or options["skip_nonfinite"]:
-            self._totals = squares(self._gradients(entries), grad_scale)
-            if self._reduce is not None:
-                self._reduce(self._totals)
-            if options["skip_nonfinite"] and self._totals[1] != 0:
-                self._skipped += 1
-                return
-        step_elsewhere(self.param_groups, self.state, entries, grad_scale, self._totals)
-
-    def _refuse(self, what: str, *details: Any) -> NoReturn:
-        """Raises the error for what the plan found."""
-        groups = self.param_groups
-        if what == "invalid":
-            group, _ = details
-            check_numbers(groups[group], f" (param group {group})")
-        elif what == "differ":
-            check_same(groups)
-        elif what == "too large":
-            group, key, index = details
-            raise RuntimeError(
-                f"{place(groups, group, index)}: {key} ({groups[group][key]}) cannot be converted to type float without"
-                " overflow"
-            )
-        elif what == "freed":
-            group, index, role = details
-            raise RuntimeError(
-                f"{place(groups, group, index)}: the storage of its {role} is smaller than the tensor; it was freed or"
-                " resized after the tensor was made"
-            )
-        elif what == "overlap":
-            (group, index, role), (other_group, other_index, other_role) = details
-            advice = "Give the optimizer each tensor once, and tied weights as one parameter"
-            if "gradient" in (role, other_role):
-                advice = "Clone the gradient"
-            raise RuntimeError(
-                f"the {role} of {place(groups, group, index)} shares memory with the {other_role} of"
-                f" {place(groups, other_group, other_index)}; a step cannot write one without changing the other."
-                f" {advice}"
-            )
-        raise AssertionError(f"the plan did not settle: {what} {details}")
-
-    def _admit(self, entries: list[tuple[int, int]]) -> None:
-        """Judges parameters for the plan; all of them before the plan hears of any."""
-        admissions = []
-        states = {}
-        for group, index in entries:
-            param = self.param_groups[group]["params"][index]
-            states[param] = self._converted(group, index)
-            judgement = judge(self.param_groups, group, index, {param: states[param][0]})
-            new = {
-                key: new_state(key, param, self.param_groups, group)
-                for key, *_ in judgement.keys
-                if state_tensor({param: states[param][0]}, param, key) is None
-            }
-            admissions.append((group, index, judgement.combination, judgement.keys, judgement.is_copy, new or None))
-        assert self._plan is not None
-        self._take_converted(states)
-        for group, index, *_, is_copy, _ in admissions:
-            if is_copy:
-                self._refresh(group, index)
-        for admission in admissions:
-            self._plan.admit(*admission)
-
-    def _converted(self, group: int, index: int) -> tuple[Any, list[str]]:
-        """A parameter's state in the formats that its group asks for, for the judge to see, and what was converted.
-
-        It becomes the optimizer's only when every parameter was judged.
-        """
-        options = self.param_groups[group]
-        check_foreach(options, f" (param group {group})")
-        check_storage(options, f" (param group {group})")
-        param = options["params"][index]
-        kept = self.state.get(param)
-        if not isinstance(kept, dict):
-            return kept, []
-        kept = dict(kept)
-        return kept, convert(options, param, kept)
-
-    def _take_converted(self, states: dict[Tensor, tuple[Any, list[str]]]) -> None:
-        said: list[str] = []
-        for param, (kept, changes) in states.items():
-            if changes:
-                inner = self.state[param]
-                inner.clear()
-                inner.update(kept)
-                said += changes
-        self._say_converted(said)
-
-    def _refresh(self, group: int, index: int) -> None:
-        param = self.param_groups[group]["params"][index]
-        master = state_tensor(self.state, param, "master")
-        if master is None:
-            return
-        if problem := unsound_state("master", master, param, param):
-            raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
-        refresh_master(param, master)
-
-    def _judge_all(self) -> list[tuple[int, int]]:
-        """Judges every parameter that has a gradient; for steps without a plan."""
-        entries = []
-        states: dict[Tensor, tuple[Any, list[str]]] = {}
-        seen: set[Tensor] = set()
-        check_same(self.param_groups)
-        for group, options in enumerate(self.param_groups):
-            check_numbers(options, f" (param group {group})")
-            for index, param in enumerate(options["params"]):
-                if param in seen:
-                    raise RuntimeError(f"{place(self.param_groups, group, index)} is in the optimizer twice")
-                seen.add(param)
-                if param.grad is not None:
-                    states[param] = self._converted(group, index)
-                    judge(self.param_groups, group, index, {param: states[param][0]})
-                    entries.append((group, index))
-        self._take_converted(states)
-        return entries
-
     # --- What a step found --------------------------------------------------------------------------------------------
-
-    def _find_totals(self) -> Tensor | None:
-        totals: Tensor | None = None if self._plan is None else self._plan.totals()
-        if totals is not None:
-            return totals
-        options = self.param_groups[0]
-        return self._totals if options["max_grad_norm"] is not None or options["skip_nonfinite"] else None
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -565,32 +382,13 @@ class FusedSGD(Optimizer):
             self.norm_process_group = self.norm_process_group.it
             self._plan = None if C is None else C.Plan()
             self._totals = None
+            self._ratios = (None, [])
             self._holds_averages = False
         elif self._plan is not None:
             self._plan.forget()  # but not what a CUDA graph may have kept of it
         self._reduce = make_reduce(self.param_groups, self.norm_process_group)
         self.state = State(self._plan, self.state)
 
-    def _convert_all(self) -> None:
-        said: list[str] = []
-        for options in self.param_groups:
-            for param in options["params"]:
-                kept = self.state.get(param)
-                if isinstance(kept, dict):
-                    # Master weights wait for the next step: the model may be loaded after its optimizer.
-                    said += convert(options, param, kept, masters=False)
-        self._say_converted(said)
-
-    @staticmethod
-    def _say_converted(said: list[str]) -> None:
-        for what, count in Counter(said).items():
-            warnings.warn(f"fused_sgd: converted {what}, of {count} parameters", stacklevel=4)
-
 
 def _on_gpu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
-
-
-def _overflowed(found_inf: Any) -> bool:
-    """Whether the step is to be skipped. GradScaler sums over devices: anything but 0 means an overflow."""
-    return found_inf is not None and float(found_inf) != 0

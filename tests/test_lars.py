@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fused_sgd import FusedLARS, FusedSGD, param_groups
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import copies, float64_step, make_params, same_bits, set_grads, snapshot
 
@@ -266,7 +268,7 @@ def test_param_groups() -> None:
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 def test_groups_on_different_paths(max_norm: float | None) -> None:
-    """One group on the kernel and one on the reference: as if both were on one, and the norm is that of both."""
+    """One group on the kernel and one on the reference: as if both were on one, and so are the norms."""
     params = make_params([(33, 5), (4097,)])
     expected = copies(params)
     groups = [{"params": [params[0]], "fused": True}, {"params": [params[1]], "fused": False}]
@@ -277,10 +279,53 @@ def test_groups_on_different_paths(max_norm: float | None) -> None:
         mine.step()
         theirs.step()
         assert theirs.grad_norm is not None
-        if max_norm is None:
-            assert mine.grad_norm is None, "what one group's kernel knows is not the global norm"
-        else:
-            assert mine.grad_norm is not None
-            torch.testing.assert_close(mine.grad_norm, theirs.grad_norm)
+        assert mine.grad_norm is not None
+        torch.testing.assert_close(mine.grad_norm, theirs.grad_norm)
+        rows = zip(mine.trust_ratios(), theirs.trust_ratios(), strict=True)
+        for number, (got, want) in enumerate(rows):
+            assert (got.group, got.parameter) == (number, 0)
+            torch.testing.assert_close(got[2:], want[2:])
         for p, q in zip(params, expected, strict=True):
             torch.testing.assert_close(p, q)
+    params[1].grad = None
+    mine.step()
+    assert [row.group for row in mine.trust_ratios()] == [0], "what an earlier step found on the reference is gone"
+
+
+class Nothing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Nothing])
+def test_the_reference_tells_its_norms_too(mode: Any) -> None:
+    params = make_params([(33, 5), (0,), (4097,)])
+    expected = copies(params)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    mine = FusedLARS(params, **options, fused=False)
+    theirs = FusedLARS(expected, **options, fused=True)
+    for step in range(3):
+        set_grads(params, expected, seed=step)
+        with mode():
+            mine.step()
+        theirs.step()
+        assert mine.grad_norm is not None
+        torch.testing.assert_close(mine.grad_norm, theirs.grad_norm)
+        mine_by_place = {row[:2]: row[2:] for row in mine.trust_ratios()}
+        for row in theirs.trust_ratios():
+            torch.testing.assert_close(mine_by_place[row[:2]], row[2:])
+
+
+def test_norms_of_a_skipped_step_of_the_reference() -> None:
+    (p,) = make_params([(5,)])
+    optimizer = FusedLARS([p], lr=0.1, skip_nonfinite=True, fused=False)
+    set_grads([p], seed=0)
+    optimizer.step()
+    assert len(optimizer.trust_ratios()) == 1
+    with torch.no_grad():
+        p.grad[0] = torch.nan
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert optimizer.trust_ratios() == [], "nothing was multiplied by a ratio"
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.isnan()

@@ -76,6 +76,8 @@ class Plan {
   pybind11::list row_squares() const;
   // How many steps a GPU skipped, for each that counts them.
   std::vector<at::Tensor> skipped_steps() const;
+  // How often step() was called: as long as this is the same, what was found in a step is of the last one.
+  uint32_t calls() const { return round_; }
 
   int traverse(visitproc visit, void* arg) const;  // for Python's garbage collector
 

@@ -23,6 +23,9 @@ constexpr int64_t kReleaseElements = 1 << 20;
 // Where a tensor's own norms decide its update, norms and update of so many elements are walked while they are in
 // cache.
 constexpr int64_t kBatchElements = 1 << 18;
+// Where gradients were measured just before, what was measured last may still be in cache, and is walked first: in
+// pieces of so many chunks, from the last to the first.
+constexpr uint32_t kPieceChunks = 64;
 
 }  // namespace
 
@@ -80,7 +83,13 @@ void Plan::walk() {
       Table with_norms = table;
       with_norms.scalars.row_squares = row_squares_.data();
       over_chunks(begin, end, elements + kElementsARow * (last - first),
-                  [&](uint32_t from, uint32_t to) { walk(with_norms, from, to); });
+                  [&](uint32_t from, uint32_t to) {
+                    const uint32_t piece = norms_ == cuda::Norms::None ? to - from : kPieceChunks;
+                    for (uint32_t begin; from < to; to = begin) {
+                      begin = to - std::min(piece, to - from);
+                      walk(with_norms, begin, to);
+                    }
+                  });
     };
     if (!in_batches) return walk_rows(0, rows, target.packer.elements());
     for (uint32_t first = 0, last; first < rows; first = last) {
