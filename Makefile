@@ -28,6 +28,7 @@ CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*
 
 .PHONY: demo test test-integrations bench bench-report gpu-check lint format clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/train.py
@@ -88,7 +89,8 @@ $(VENV)/lint: requirements/lint.txt $(VENV)/dependencies
 	$(VENV)/bin/pip install $(PIP_FLAGS) torch==$(TORCH) -r requirements/lint.txt
 	touch $@
 
+# One build folder for both environments: what does not know torch, the kernels, is compiled once.
 %/installed: %/dependencies $(PACKAGE)
 	rm -rf build/lib build/bdist*
-	FUSED_SGD_BUILD_DIR=build/$* $*/bin/pip install $(PIP_FLAGS) --no-build-isolation --no-deps --force-reinstall .
+	FUSED_SGD_BUILD_DIR=build/module $*/bin/pip install $(PIP_FLAGS) --no-build-isolation --no-deps --force-reinstall .
 	touch $@

@@ -30,6 +30,9 @@
 // packs. A parameter's format may also have
 //   kBatch                  store_pack of so many elements is much cheaper than single ones. Packs of such a format
 //                           begin at multiples of their size, counted from logical element 0
+//   kConvertsMany           whether packs are better brought into an array of numbers before a CPU computes on them
+//   Draw, draws<n>(i), store(i, x, draw)  random bits, which are drawn for n elements from i on, a multiple of n, with
+//                           much less work than one by one: draws<n>(i).draw[k] is what store(i + k, x) would draw
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //
 // A new format is a class and its lines in combinations.h.
@@ -140,6 +143,7 @@ struct Plain {
   static constexpr int kBytes = sizeof(Element);
   static constexpr int kBlock = 1;
   static constexpr int kBatch = kBatchFor<kDecode>;
+  static constexpr bool kConvertsMany = kBatch > 1;
 
   Column<Element> column;
 

@@ -63,16 +63,16 @@ struct Int8Momentum {
   FSGD_INLINE void store_block(int64_t block, const float (&x)[kBlock]) const {
     Reduction reduction;
     for (int k = 0; k < kBlock; ++k) reduce(reduction, x[k]);
-    const float inverse = this->inverse(reduction);
+    const float scale = this->scale(reduction), inverse = divide(1.0f, scale);
+    scales[block] = scale;
     int8_t* code = codes.data + block * kBlock;
-    if (inverse == 0.0f) {
+    if (scale != scale) {
       for (int k = 0; k < kBlock; ++k) code[k] = 0;
     } else {
       for (int k = 0; k < kBlock; ++k) {
         code[k] = static_cast<int8_t>(static_cast<uint8_t>(bit_cast<uint32_t>(multiply(x[k], inverse) + 12582912.0f)));
       }
     }
-    finish(block, reduction);
   }
 
   FSGD_INLINE uint32_t until_aligned() const { return codes.until_aligned(); }

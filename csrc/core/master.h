@@ -15,6 +15,7 @@ struct Master {
   static constexpr int kBytes = 6;
   static constexpr int kBlock = 1;
   static constexpr int kBatch = kBatchFor<kNarrow>;
+  static constexpr bool kConvertsMany = kBatch > 1;
 
   Column<uint16_t> parameter;
   Column<float> master;

@@ -88,6 +88,13 @@ FSGD_INLINE uint16_t round_stochastically_bfloat16(float x, uint16_t draw) {
   return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F7F0000u ? nearest : random);
 }
 
+// condition ? first : second. Of the plain form compilers make a branch around what it takes to compute one of them,
+// and then no vectors.
+FSGD_INLINE uint32_t without_branch(bool condition, uint32_t first, uint32_t second) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (first & mask) | (second & ~mask);
+}
+
 // The same in fp16, which cuts off 13 bits. Its subnormals have a fixed step of 2^-24: there the fraction of a step, to
 // 31 bits, and 31 random bits are added. (A fraction has more bits only below 2^-32.)
 FSGD_INLINE uint16_t round_stochastically_float16(float x, uint32_t draw) {
@@ -95,26 +102,28 @@ FSGD_INLINE uint16_t round_stochastically_float16(float x, uint32_t draw) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t normal = (magnitude - (112u << 23) + (draw >> 19)) >> 13;
-  const bool is_subnormal = magnitude < (113u << 23);
-  const float steps = bit_cast<float>(is_subnormal ? magnitude : 0u) * 16777216.0f;  // below 1024, exact
+  constexpr uint32_t kNormal = 113u << 23;
+  const float steps = bit_cast<float>(magnitude < kNormal ? magnitude : kNormal) * 16777216.0f;  // to 1024, exact
   const auto whole = static_cast<int32_t>(steps);
   const auto fraction = static_cast<int32_t>((steps - static_cast<float>(whole)) * 2147483648.0f);
   const uint32_t subnormal = static_cast<uint32_t>(whole) + ((static_cast<uint32_t>(fraction) + (draw >> 1)) >> 31);
   // Above 65504 to nearest, as float_to_float16() does.
   const uint32_t infinite = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
   const uint32_t large = magnitude < 0x477FF000u ? 0x7BFFu : infinite;  // 65520 is the tie with 2^16
-  const uint32_t random = is_subnormal ? subnormal : normal;
-  return static_cast<uint16_t>((magnitude > 0x477FE000u ? large : random) | sign);
+  const uint32_t random = without_branch(magnitude < kNormal, subnormal, normal);
+  return static_cast<uint16_t>(without_branch(magnitude > 0x477FE000u, large, random) | sign);
 }
 
 // Columns: the narrow parameter, its StochasticRecord.
-template <class Draw, float (*kDecode)(uint16_t), uint16_t (*kRound)(float, Draw)>
+template <class DrawType, float (*kDecode)(uint16_t), uint16_t (*kRound)(float, DrawType)>
 struct Stochastic {
   using Acc = float;
+  using Draw = DrawType;
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 2;
   static constexpr int kBlock = 1;
   static constexpr int kBatch = 128;  // every divisor of it will do as well, down to a call's
+  static constexpr bool kConvertsMany = kConvertsEight<kDecode>;
 
   Column<uint16_t> parameter;
   RandomBits<Draw> random;
@@ -123,10 +132,17 @@ struct Stochastic {
       : parameter(columns[0]), random(*static_cast<const StochasticRecord*>(columns[1])) {}
   FSGD_INLINE static void count_step(void* const* columns) { ++static_cast<StochasticRecord*>(columns[1])->step; }
   FSGD_INLINE float load(int64_t i) const { return kDecode(parameter.data[i]); }
-  FSGD_INLINE float store(int64_t i, float x) const {
-    const uint16_t stored = kRound(x, random.draw(i));
+  FSGD_INLINE float store(int64_t i, float x) const { return store(i, x, random.draw(i)); }
+  FSGD_INLINE float store(int64_t i, float x, Draw draw) const {
+    const uint16_t stored = kRound(x, draw);
     parameter.data[i] = stored;
     return kDecode(stored);
+  }
+
+  // Of n elements from i on, a multiple of n.
+  template <int n>
+  FSGD_INLINE auto draws(int64_t i) const {
+    return random.template draws<n>(i);
   }
 
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }

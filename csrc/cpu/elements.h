@@ -38,127 +38,163 @@ FSGD_INLINE Hyperparameters<T> narrowed(Hyperparameters<T> h) {
 
 template <class F>
 inline constexpr bool kInPairs = requires(const F& format, float (&x)[2]) { format.load_pair(0, x); };
+// Whether elements are converted together, on their way to and from an array.
+template <class F>
+inline constexpr bool kStaged = requires { requires F::kConvertsMany; };
+// Whether what is stored depends on random bits, which are drawn together.
+template <class F>
+inline constexpr bool kDraws = requires { typename F::Draw; };
 
-// Elements [begin, end) of one tensor, where every format stores each element by itself.
-template <class P, class G, class M, class K>
-void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
-                   int64_t end) {
-  using Acc = typename P::Acc;
-  const P param(columns);
-  const G grad(columns + P::kColumns);
-  const M momentum(columns + P::kColumns + G::kColumns);
-  Acc* ema = K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
-  const Hyperparameters<Acc> h = narrowed<K>(hyperparameters);
-#pragma GCC ivdep
-  for (int64_t i = begin; i < end; ++i) {
-    Acc p = param.load(i);
-    Acc b = K::kMomentum ? momentum.load(i) : Acc(0);
-    update(h, static_cast<Acc>(grad.load(i)), p, b);
-    p = param.store(i, p);
-    if constexpr (K::kMomentum) momentum.store(i, b);
-    if constexpr (K::kEma) average(h, p, ema[i]);
-  }
-}
+// Elements from `first` on, in an array.
+template <class T>
+struct Array {
+  T* x;
+  int64_t first;
+  FSGD_INLINE T load(int64_t i) const { return x[i - first]; }
+  FSGD_INLINE T store(int64_t i, T value) const { return x[i - first] = value; }
+};
 
-// The same, two at a time.
-template <class P, class G, class M, class K>
-void walk_pairs(void* const* columns, const Hyperparameters<float>& hyperparameters, int64_t begin, int64_t end) {
-  const P param(columns);
-  const G grad(columns + P::kColumns);
-  const M momentum(columns + P::kColumns + G::kColumns);
-  float* ema = K::kEma ? static_cast<float*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
-  const Hyperparameters<float> h = narrowed<K>(hyperparameters);
-#pragma GCC ivdep
-  for (int64_t i = begin; i < end - 1; i += 2) {
-    float p[2], g[2], b[2] = {};
-    param.load_pair(i, p);
-    grad.load_pair(i, g);
-    if constexpr (K::kMomentum) momentum.load_pair(i, b);
-    update(h, g[0], p[0], b[0]);
-    update(h, g[1], p[1], b[1]);
-    param.store_pair(i, p);
-    if constexpr (K::kMomentum) momentum.store_pair(i, b);
-    if constexpr (K::kEma) {
-      average(h, p[0], ema[i]);
-      average(h, p[1], ema[i + 1]);
-    }
-  }
-  if ((end - begin) % 2 != 0) walk_elements<P, G, M, K>(columns, hyperparameters, end - 1, end);
-}
+// A format to store in, with the random bits of elements from `first` on.
+template <class F>
+struct Drawn {
+  const F& format;
+  const typename F::Draw* draw;
+  int64_t first;
+  FSGD_INLINE float store(int64_t i, float x) const { return format.store(i, x, draw[i - first]); }
+};
 
-// A whole batch, element by element where the format has nothing better.
 template <class F, class T, int n>
-FSGD_INLINE void load_batch(const F& format, int64_t i, T (&x)[n]) {
-  if constexpr (kBatchOf<F> > 1) {
-    F::unpack(format.template load_pack<n>(i, false), x);
+FSGD_INLINE void load_step(const F& format, int64_t i, T (&x)[n]) {
+  if constexpr (n == 2 && kInPairs<F>) {
+    format.load_pair(i, x);
   } else {
     for (int k = 0; k < n; ++k) x[k] = format.load(i + k);
   }
 }
 template <class F, class T, int n>
-FSGD_INLINE void store_batch(const F& format, int64_t i, T (&x)[n]) {
-  if constexpr (kBatchOf<F> > 1) {
-    format.store_pack(i, false, x);
+FSGD_INLINE void store_step(const F& format, int64_t i, T (&x)[n]) {
+  if constexpr (n == 2 && kInPairs<F>) {
+    format.store_pair(i, x);
   } else {
     for (int k = 0; k < n; ++k) x[k] = format.store(i + k, x[k]);
   }
 }
-template <class M, int n>
-FSGD_INLINE void load_blocks(const M& momentum, int64_t i, float (&x)[n]) {
-  for (int first = 0; first < n; first += M::kBlock) {
-    momentum.load_block((i + first) / M::kBlock, *reinterpret_cast<float (*)[M::kBlock]>(x + first));
-  }
-}
-template <class M, int n>
-FSGD_INLINE void store_blocks(const M& momentum, int64_t i, const float (&x)[n]) {
-  for (int first = 0; first < n; first += M::kBlock) {
-    momentum.store_block((i + first) / M::kBlock, *reinterpret_cast<const float (*)[M::kBlock]>(x + first));
-  }
-}
 
-// The same where some format stores elements together: load -> rule -> reduce over the block -> store. Ranges begin at
-// a batch's first element, because chunks are multiples of every batch; and tensors in blocks are whole blocks.
+// One tensor's columns in their formats, and the loop over its elements.
 template <class P, class G, class M, class K>
-void walk_batches(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
-                  int64_t end) {
+class Loop {
+ public:
   using Acc = typename P::Acc;
-  constexpr int kBatch = std::max({kBatchOf<P>, kBatchOf<G>, kBatchOf<M>});
-  const P param(columns);
-  const G grad(columns + P::kColumns);
-  const M momentum(columns + P::kColumns + G::kColumns);
-  Acc* ema = K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr;
-  const Hyperparameters<Acc> h = narrowed<K>(hyperparameters);
-  const auto some = [&]<int n>(int64_t i) __attribute__((always_inline)) {
+
+  FSGD_INLINE Loop(void* const* columns, const Hyperparameters<Acc>& hyperparameters)
+      : param_(columns),
+        grad_(columns + P::kColumns),
+        momentum_(columns + P::kColumns + G::kColumns),
+        ema_(K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr),
+        h_(narrowed<K>(hyperparameters)) {}
+
+  // Elements [begin, end), one by one, where no format is in blocks.
+  FSGD_INLINE void by_element(int64_t begin, int64_t end) const {
+    each<1>(param_, grad_, momentum_, param_, momentum_, begin, end);
+  }
+
+  // Elements [begin, end). Where there are batches it begins with one, because chunks are whole batches.
+  FSGD_INLINE void run(int64_t begin, int64_t end) const {
+    if constexpr (kBatch > 1) {
+      for (; begin + kBatch <= end; begin += kBatch) batch<kBatch>(begin);
+    }
+    if (begin == end) return;
+    if constexpr (kInBlocks) {  // tensors in blocks are whole blocks
+      for (; begin < end; begin += M::kBlock) batch<M::kBlock>(begin);
+    } else if constexpr (kDraws<P>) {
+      const auto draws = param_.template draws<kBatch>(begin);
+      each<kStep>(param_, grad_, momentum_, Drawn<P>{param_, draws.draw, begin}, momentum_, begin, end);
+    } else {
+      each<kStep>(param_, grad_, momentum_, param_, momentum_, begin, end);
+    }
+  }
+
+ private:
+  static constexpr int kBatch = std::max({kBatchOf<P>, kBatchOf<G>, kBatchOf<M>});
+  static constexpr bool kInBlocks = K::kMomentum && M::kBlock > 1;
+  static constexpr bool kStagesMomentum = K::kMomentum && kStaged<M>;
+  static constexpr bool kArrayOfMomentum = kInBlocks || kStagesMomentum;
+  static constexpr int kStep = kInPairs<P> && kInPairs<G> && kInPairs<M> ? 2 : 1;  // two of 16 bits in one word
+
+  // load -> rule -> store. Some formats may be arrays, or have their random bits with them.
+  template <int kStep, class Param, class Grad, class Momentum, class ParamOut, class MomentumOut>
+  FSGD_INLINE void each(const Param& param, const Grad& grad, const Momentum& momentum, const ParamOut& param_out,
+                        const MomentumOut& momentum_out, int64_t begin, int64_t end) const {
+    const int64_t steps_end = end - (end - begin) % kStep;
+#pragma GCC ivdep
+    for (int64_t i = begin; i < steps_end; i += kStep) {
+      Acc p[kStep], b[kStep] = {};
+      typename G::Acc g[kStep];
+      load_step(param, i, p);
+      load_step(grad, i, g);
+      if constexpr (K::kMomentum) load_step(momentum, i, b);
+      for (int k = 0; k < kStep; ++k) update(h_, static_cast<Acc>(g[k]), p[k], b[k]);
+      store_step(param_out, i, p);
+      if constexpr (K::kMomentum) store_step(momentum_out, i, b);
+      if constexpr (K::kEma && !std::is_same_v<ParamOut, Array<Acc>>) {
+        for (int k = 0; k < kStep; ++k) average(h_, p[k], ema_[i + k]);
+      }
+    }
+    if constexpr (kStep > 1) {
+      if (steps_end < end) each<1>(param, grad, momentum, param_out, momentum_out, steps_end, end);
+    }
+  }
+
+  // Elements [first, first + n).
+  template <int n>
+  FSGD_INLINE void batch(int64_t first) const {
     alignas(64) Acc p[n], b[n];
     alignas(64) typename G::Acc g[n];
-    load_batch(param, i, p);
-    load_batch(grad, i, g);
-    if constexpr (K::kMomentum && M::kBlock > 1) {
-      load_blocks(momentum, i, b);
-    } else if constexpr (K::kMomentum) {
-      load_batch(momentum, i, b);
+    if constexpr (kStaged<P>) P::unpack(param_.template load_pack<n>(first, false), p);
+    if constexpr (kStaged<G>) G::unpack(grad_.template load_pack<n>(first, false), g);
+    if constexpr (kStagesMomentum) M::unpack(momentum_.template load_pack<n>(first, false), b);
+    if constexpr (kInBlocks) each_block(first, b, [&](int64_t block, auto& x) { momentum_.load_block(block, x); });
+    const auto param = staged<kStaged<P>>(param_, p, first);
+    const auto grad = staged<kStaged<G>>(grad_, g, first);
+    const auto momentum = staged<kArrayOfMomentum>(momentum_, b, first);
+    if constexpr (kDraws<P>) {
+      const auto draws = param_.template draws<n>(first);
+      each<kStep>(param, grad, momentum, Drawn<P>{param_, draws.draw, first}, momentum, first, first + n);
+    } else {
+      each<kStep>(param, grad, momentum, param, momentum, first, first + n);
+      if constexpr (kStaged<P>) {
+        param_.store_pack(first, false, p);
+        if constexpr (K::kEma) {
+          for (int k = 0; k < n; ++k) average(h_, p[k], ema_[first + k]);
+        }
+      }
     }
-    for (int k = 0; k < n; ++k) {
-      Acc none = 0;
-      update(h, static_cast<Acc>(g[k]), p[k], K::kMomentum ? b[k] : none);
-    }
-    store_batch(param, i, p);
-    if constexpr (K::kMomentum && M::kBlock > 1) {
-      store_blocks(momentum, i, b);
-    } else if constexpr (K::kMomentum) {
-      store_batch(momentum, i, b);
-    }
-    if constexpr (K::kEma) {
-      for (int k = 0; k < n; ++k) average(h, p[k], ema[i + k]);
-    }
-  };
-  for (; begin + kBatch <= end; begin += kBatch) some.template operator()<kBatch>(begin);
-  if constexpr (M::kBlock > 1) {
-    for (; begin < end; begin += M::kBlock) some.template operator()<M::kBlock>(begin);
-  } else if (begin < end) {
-    walk_elements<P, G, M, K>(columns, hyperparameters, begin, end);
+    if constexpr (kStagesMomentum) momentum_.store_pack(first, false, b);
+    if constexpr (kInBlocks) each_block(first, b, [&](int64_t block, auto& x) { momentum_.store_block(block, x); });
   }
-}
+
+  template <bool kIsStaged, class F, class T>
+  FSGD_INLINE static auto staged(const F& format, T* x, int64_t first) {
+    if constexpr (kIsStaged) {
+      return Array<T>{x, first};
+    } else {
+      return format;
+    }
+  }
+
+  template <int n, class F>
+  FSGD_INLINE static void each_block(int64_t first, float (&x)[n], F run) {
+    for (int k = 0; k < n; k += M::kBlock) {
+      run((first + k) / M::kBlock, *reinterpret_cast<float (*)[M::kBlock]>(x + k));
+    }
+  }
+
+  P param_;
+  G grad_;
+  M momentum_;
+  Acc* ema_;
+  Hyperparameters<Acc> h_;
+};
 
 // The sum of squares of one tile, by the scheme of squares.h. load(i): element i of the tile, below `count`.
 // prefetch(i): element i of the tile after this one will be wanted. It is called with every 16th, in order: memory is

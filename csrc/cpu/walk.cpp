@@ -24,26 +24,20 @@ template <class P, class G, class M>
 using WalkElements = void (*)(void* const*, const Hyperparameters<typename P::Acc>&, int64_t, int64_t);
 
 template <class P, class G, class M, bool kMomentum, bool kEma, bool kUsual>
-constexpr WalkElements<P, G, M> walk_of() {
+void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
+                   int64_t end) {
   static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
-  using K = Kind<kMomentum, kEma, kUsual>;
-  if constexpr (kBatchOf<P> > 1 || kBatchOf<G> > 1 || kBatchOf<M> > 1) {
-    return walk_batches<P, G, M, K>;
-  } else if constexpr (kInPairs<P> && kInPairs<G> && kInPairs<M>) {
-    return walk_pairs<P, G, M, K>;
-  } else {
-    return walk_elements<P, G, M, K>;
-  }
+  Loop<P, G, M, Kind<kMomentum, kEma, kUsual>>(columns, hyperparameters).run(begin, end);
 }
 
 template <class P, class G, class M>
 WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h) {
   if (!h.has_momentum) {
-    if (is_usual(h)) return walk_of<P, G, M, false, false, true>();
-    return h.has_ema ? walk_of<P, G, M, false, true, false>() : walk_of<P, G, M, false, false, false>();
+    if (is_usual(h)) return walk_elements<P, G, M, false, false, true>;
+    return h.has_ema ? walk_elements<P, G, M, false, true, false> : walk_elements<P, G, M, false, false, false>;
   }
-  if (is_usual(h)) return walk_of<P, G, M, true, false, true>();
-  return h.has_ema ? walk_of<P, G, M, true, true, false>() : walk_of<P, G, M, true, false, false>();
+  if (is_usual(h)) return walk_elements<P, G, M, true, false, true>;
+  return h.has_ema ? walk_elements<P, G, M, true, true, false> : walk_elements<P, G, M, true, false, false>;
 }
 
 // Walks from element `begin` of row `first` to the end of the range, or to the first row of another combination, and

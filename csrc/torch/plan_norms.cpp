@@ -40,16 +40,17 @@ void Plan::measure_on_cpu(uint32_t row_begin, uint32_t row_end) {
   if (params && param_tiles_.size() < tiles) param_tiles_.resize(tiles);
   if (row_squares_.size() < 2 * std::size_t{table.row_count}) row_squares_.resize(2 * std::size_t{table.row_count});
   if (row_begin == 0) totals_ = {};
-  if (row_begin == row_end) return;
-  double* const param_tiles = params ? param_tiles_.data() : nullptr;
-  const auto measure = cpu::instruction_set().measure;
-  std::atomic<bool> nonfinite = false;
-  const uint32_t begin = table.chunk_begin(row_begin), end = table.row(row_end - 1).chunk_end;
-  over_chunks(begin, end, int64_t{end - begin} << table.log2_chunk, [&](uint32_t from, uint32_t to) {
-    if (measure(table, from, to, grad_tiles_.data(), param_tiles)) nonfinite = true;
-  });
-  add_up_rows(table, row_begin, row_end, grad_tiles_.data(), param_tiles, row_squares_.data());
-  if (nonfinite) totals_[1] = 1;
+  if (row_begin != row_end) {
+    double* const param_tiles = params ? param_tiles_.data() : nullptr;
+    const auto measure = cpu::instruction_set().measure;
+    std::atomic<bool> nonfinite = false;
+    const uint32_t begin = table.chunk_begin(row_begin), end = table.row(row_end - 1).chunk_end;
+    over_chunks(begin, end, int64_t{end - begin} << table.log2_chunk, [&](uint32_t from, uint32_t to) {
+      if (measure(table, from, to, grad_tiles_.data(), param_tiles)) nonfinite = true;
+    });
+    add_up_rows(table, row_begin, row_end, grad_tiles_.data(), param_tiles, row_squares_.data());
+    if (nonfinite) totals_[1] = 1;
+  }
   if (row_end != table.row_count) return;
   totals_[0] = add_up_total(table, row_squares_.data());
   totals_known_ = true;

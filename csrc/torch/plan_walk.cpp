@@ -73,25 +73,27 @@ void Plan::over_chunks(uint32_t begin, uint32_t end, int64_t work, c10::function
 void Plan::walk() {
   Target& target = targets_[0];
   const uint32_t rows = target.packer.row_count();
-  if (rows == 0) return;
+  const bool measures = norms_ == cuda::Norms::GradientsAndParameters && !totals_known_;
+  if (rows == 0) {
+    if (measures) measure_on_cpu(0, 0);
+    return;
+  }
   const cpu::Walk walk = cpu::instruction_set().walk;
-  const bool in_batches = norms_ == cuda::Norms::GradientsAndParameters && !totals_known_;
   const auto run = [&] {
     const Table table = target.packer.table(target.scalars);
     const auto walk_rows = [&](uint32_t first, uint32_t last, int64_t elements) {
       const uint32_t begin = table.chunk_begin(first), end = table.row(last - 1).chunk_end;
       Table with_norms = table;
       with_norms.scalars.row_squares = row_squares_.data();
-      over_chunks(begin, end, elements + kElementsARow * (last - first),
-                  [&](uint32_t from, uint32_t to) {
-                    const uint32_t piece = norms_ == cuda::Norms::None ? to - from : kPieceChunks;
-                    for (uint32_t begin; from < to; to = begin) {
-                      begin = to - std::min(piece, to - from);
-                      walk(with_norms, begin, to);
-                    }
-                  });
+      over_chunks(begin, end, elements + kElementsARow * (last - first), [&](uint32_t from, uint32_t to) {
+        const uint32_t piece = norms_ == cuda::Norms::None ? to - from : kPieceChunks;
+        for (uint32_t begin; from < to; to = begin) {
+          begin = to - std::min(piece, to - from);
+          walk(with_norms, begin, to);
+        }
+      });
     };
-    if (!in_batches) return walk_rows(0, rows, target.packer.elements());
+    if (!measures) return walk_rows(0, rows, target.packer.elements());
     for (uint32_t first = 0, last; first < rows; first = last) {
       int64_t elements = 0;
       for (last = first; last < rows && (last == first || elements + table.row(last).length <= kBatchElements);

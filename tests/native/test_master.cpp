@@ -31,9 +31,9 @@ int walk_equals_fp32(uint16_t (*narrow)(float)) {
     const Hyperparameters<float> h(group, Scalars{}, 0);
     for (int step = 0; step < 3; ++step) {
       for (float& x : g) x = normal(random);
-      cpu::walk_elements<Float32, Float32, Float32, Step>(wide_columns, h, 0, length);
-      cpu::walk_elements<Format, Float32, Float32, Step>(columns, h, 0, length / 2);
-      cpu::walk_elements<Format, Float32, Float32, Step>(columns, h, length / 2, length);
+      cpu::Loop<Float32, Float32, Float32, Step>(wide_columns, h).by_element(0, length);
+      cpu::Loop<Format, Float32, Float32, Step>(columns, h).by_element(0, length / 2);
+      cpu::Loop<Format, Float32, Float32, Step>(columns, h).by_element(length / 2, length);
     }
     for (int64_t i = 0; i < length; ++i) {
       CHECK(master[i] == p[i]);

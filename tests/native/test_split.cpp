@@ -89,9 +89,9 @@ int main() {
   const Hyperparameters<float> h(group, Scalars{}, 0);
   for (int step = 0; step < 10; ++step) {
     for (float& x : g) x = normal(random);
-    cpu::walk_elements<Float32, Float32, Float32, Step>(wide_columns, h, 0, length);
-    cpu::walk_elements<SplitBFloat16, Float32, Float32, Step>(columns, h, 0, 500);
-    cpu::walk_elements<SplitBFloat16, Float32, Float32, Step>(columns, h, 500, length);
+    cpu::Loop<Float32, Float32, Float32, Step>(wide_columns, h).by_element(0, length);
+    cpu::Loop<SplitBFloat16, Float32, Float32, Step>(columns, h).by_element(0, 500);
+    cpu::Loop<SplitBFloat16, Float32, Float32, Step>(columns, h).by_element(500, length);
   }
   for (int64_t i = 0; i < length; ++i) {
     CHECK(split.load(i) == p[i]);

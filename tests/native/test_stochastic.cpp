@@ -185,10 +185,10 @@ int walks() {
     void* columns[] = {whole.data(), &record, gradient.data(), b.data()};
     void* split_columns[] = {split.data(), &record, gradient.data(), split_b.data()};
     void* nearest_columns[] = {nearest.data(), gradient.data(), nearest_b.data()};
-    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(columns, h, 0, n);
-    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(split_columns, h, 0, 333);
-    cpu::walk_elements<typename Case::Format, Float32, Float32, Step>(split_columns, h, 333, n);
-    cpu::walk_elements<typename Case::Nearest, Float32, Float32, Step>(nearest_columns, h, 0, n);
+    cpu::Loop<typename Case::Format, Float32, Float32, Step>(columns, h).run(0, n);
+    cpu::Loop<typename Case::Format, Float32, Float32, Step>(split_columns, h).by_element(0, 333);
+    cpu::Loop<typename Case::Format, Float32, Float32, Step>(split_columns, h).by_element(333, n);
+    cpu::Loop<typename Case::Nearest, Float32, Float32, Step>(nearest_columns, h).by_element(0, n);
   }
   CHECK(whole == split);
   // An average follows what was stored, not what was computed: its first step copies that.
@@ -197,7 +197,7 @@ int walks() {
   StochasticRecord record{1, 2, 200, 0};
   std::vector<float> ema(n, unset_value(float()));
   void* columns[] = {split.data(), &record, gradient.data(), split_b.data(), ema.data()};
-  cpu::walk_elements<typename Case::Format, Float32, Float32, cpu::Kind<true, true, false>>(columns, averaging, 0, n);
+  cpu::Loop<typename Case::Format, Float32, Float32, cpu::Kind<true, true, false>>(columns, averaging).run(0, n);
   for (int64_t i = 0; i < n; ++i) CHECK(ema[i] == Case::value(split[i]));
   double mean = 0;
   for (const uint16_t bits : whole) mean += Case::value(bits) / static_cast<double>(n);
