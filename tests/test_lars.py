@@ -123,6 +123,29 @@ def test_norms_are_those_of_the_step_s_own_parameters() -> None:
     assert rows[1].ratio < 0.01
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_step_that_fails_tells_nothing(max_norm: float | None) -> None:
+    """Not what an earlier step found, and not of parameters that came since: nobody measured those."""
+    params = make_params([(4, 8), (5,)])
+    optimizer = FusedLARS(params, lr=0.1, weight_decay=0.1, max_grad_norm=max_norm, fused=True)
+    set_grads(params, seed=0)
+    optimizer.step()
+    assert len(optimizer.trust_ratios()) == 2
+    more = make_params([(3,)] * 1000)
+    set_grads(more, seed=1)
+    more[-1].grad = more[0].data
+    optimizer.add_param_group({"params": more})
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="shares memory"):
+            optimizer.step()
+        assert optimizer.trust_ratios() == []
+        assert optimizer.grad_norm is None
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="nan"):
+        optimizer.step()
+    assert optimizer.trust_ratios() == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
 def test_other_dtypes_take_the_kernel(dtype: torch.dtype) -> None:
     params = make_params([(4097,)], dtype)

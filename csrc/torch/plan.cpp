@@ -71,11 +71,9 @@ bool Plan::any_on_gpu() const {
 py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
                       PyObject* reduce, PyObject* elsewhere) {
   const Busy busy(*this);
+  totals_known_ = false;  // a step that fails has found nothing, and leaves rows that were not measured
   if (!watches(state)) return py::make_tuple("state");
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) {
-    totals_known_ = false;  // Python finds its own
-    return py::make_tuple("mode");
-  }
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::make_tuple("mode");
   gpu_grad_scale_ = on_gpu(grad_scale);
   gpu_found_inf_ = on_gpu(found_inf);
   found_inf_known_ = found_inf != Py_None;
@@ -109,7 +107,6 @@ py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
     return call_again(py::make_tuple("scalars"));
   }
   norms_ = norms_needed();
-  totals_known_ = false;
   const bool global = norms_ != cuda::Norms::None && !(norms_are_local() && reduce == Py_None && !on_gpu);
   totals_are_whole_ = global || elsewhere_.empty();
   if (global && !elsewhere_.empty() && elsewhere == Py_None) {
