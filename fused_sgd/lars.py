@@ -104,6 +104,8 @@ class FusedLARS(FusedSGD):
         norm = super().grad_norm
         rows = self._find_ratios()
         for group, index, squares in found:
+            if group >= len(self.param_groups):
+                continue  # removed since
             options = self.param_groups[group]
             param_norm, grad_norm = squares.sqrt().unbind()
             if options["max_grad_norm"] is not None and norm is not None:

@@ -146,6 +146,15 @@ def test_a_step_that_fails_tells_nothing(max_norm: float | None) -> None:
     assert optimizer.trust_ratios() == []
 
 
+def test_norms_of_a_group_that_was_removed_since() -> None:
+    params = make_params([(5,), (6,)])
+    optimizer = FusedLARS([{"params": [p]} for p in params], lr=0.1, fused=True)
+    set_grads(params, seed=0)
+    optimizer.step()
+    optimizer.param_groups.pop()
+    assert [row.group for row in optimizer.trust_ratios()] == [0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
 def test_other_dtypes_take_the_kernel(dtype: torch.dtype) -> None:
     params = make_params([(4097,)], dtype)
