@@ -85,7 +85,7 @@ class Settling(Optimizer):
         """A step in which no kernel takes part."""
         entries = self._judge_all()
         options = self.param_groups[0]
-        self._totals, self._ratios = None, (None, [])
+        self._totals, self._ratios = None, (self._calls(), [])
         if options["max_grad_norm"] is not None or options["skip_nonfinite"]:
             self._totals = squares(self._gradients(entries), grad_scale)
             if self._reduce is not None:
@@ -216,8 +216,7 @@ class Settling(Optimizer):
         totals: Tensor | None = None if self._plan is None else self._plan.totals()
         if totals is not None:
             return totals
-        options = self.param_groups[0]
-        return self._totals if options["max_grad_norm"] is not None or options["skip_nonfinite"] else None
+        return self._totals if self._ratios[0] == self._calls() else None  # else of an earlier step
 
     def _find_ratios(self) -> list[TrustRatio]:
         """The trust ratios of what the last step left to Python; none if a later step left nothing."""

@@ -87,7 +87,7 @@ def test_loading_keeps_a_buffer_that_is_wider_than_its_parameter_and_widens_a_na
     assert target.state[narrow[0]]["momentum_buffer"].dtype == torch.float32
     narrow_source = FusedSGD(narrow, lr=0.1, momentum=0.9, momentum_dtype=torch.bfloat16)
     narrow_source.step()
-    with pytest.warns(UserWarning, match=r"momentum from torch.bfloat16 to torch.float32, of 1 parameters"):
+    with pytest.warns(UserWarning, match=r"momentum from torch.bfloat16 to torch.float32, of 1 parameter"):
         source.load_state_dict(narrow_source.state_dict())
     assert source.state[wide[0]]["momentum_buffer"].dtype == torch.float32
 

@@ -146,6 +146,21 @@ def test_a_step_that_fails_tells_nothing(max_norm: float | None) -> None:
     assert optimizer.trust_ratios() == []
 
 
+@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
+def test_the_norm_of_a_step_in_a_mode_is_not_that_of_a_later_one(kind: type[FusedSGD]) -> None:
+    (p,) = make_params([(4,)])
+    optimizer = kind([p], lr=0.1, max_grad_norm=1e9)
+    set_grads([p], seed=0)
+    with Nothing():
+        optimizer.step()
+    assert optimizer.grad_norm is not None
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="nan"):
+        optimizer.step()
+    assert optimizer.grad_norm is None
+
+
 def test_norms_of_a_group_that_was_removed_since() -> None:
     params = make_params([(5,), (6,)])
     optimizer = FusedLARS([{"params": [p]} for p in params], lr=0.1, fused=True)
