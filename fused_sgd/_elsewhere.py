@@ -64,7 +64,7 @@ def step_elsewhere(
                 else:
                     _add_new_state(groups, number, param, state)
                     ratio = _by_reference(options, param, state, grad_scale, clip)
-                    if ratio is not None:
+                    if ratio is not None and local(param).numel():  # the kernel has no row for an empty one
                         ratios.append(TrustRatio(number, index, *(found.detach() for found in ratio)))
     return ratios
 

@@ -113,7 +113,7 @@ def choose(options: Group, param: Tensor, grad: Tensor | None, kept: dict[str, T
     obstacle = _kernel_obstacle(tensors)
     if obstacle:
         return Judgement("reference", obstacle)
-    wanted = storage(options, param)
+    wanted = storage(options if options["momentum"] != 0 else {**options, "momentum_dtype": None}, param)
     buffer = kept.get("momentum_buffer")
     gradient_format = format_name(param.dtype if grad is None else grad.dtype)
     momentum_format = format_name(wanted.momentum_dtype if buffer is None else buffer.dtype)

@@ -100,7 +100,7 @@ def unsound_options(options: Group, param: Tensor, grad: Tensor | None) -> str:
     if options["master_weights"] == "split" and param.dtype == torch.float16:
         return 'master_weights="split" is for bfloat16, whose bits are the upper half of a float32; use torch.float32'
     wanted = options["momentum_dtype"]
-    if param.is_complex() and wanted not in (None, torch.int8):
+    if param.is_complex() and wanted not in (None, torch.int8) and options["momentum"] != 0:
         return f"momentum_dtype={wanted} is for real parameters, and it is {param.dtype}"
     kept = storage(options, param)
     narrows = kept.momentum_dtype != param.dtype and options["momentum"] != 0

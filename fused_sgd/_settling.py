@@ -60,6 +60,7 @@ class Settling(Optimizer):
         if answer is not None and answer[0] in ("scalars", "mode", "no plan"):
             # Not everything is stepped where these stand, so the host must know them; that waits for the GPU.
             if overflowed(found_inf):
+                self._forget_norms()
                 return
             grad_scale, found_inf = check_grad_scale(grad_scale), None if found_inf is None else 0.0
             answer = again()
@@ -84,9 +85,11 @@ class Settling(Optimizer):
     def _step_without_plan(self, grad_scale: Tensor | float | None) -> None:
         """A step in which no kernel takes part."""
         entries = self._judge_all()
-        options = self.param_groups[0]
+        options = self.param_groups[0] if self.param_groups else self.defaults
         self._totals, self._ratios = None, (self._calls(), [])
-        if options["max_grad_norm"] is not None or options["skip_nonfinite"]:
+        if "trust_coeff" in options and self._reduce is not None:
+            raise RuntimeError("FusedLARS with shards in several processes needs a kernel for each parameter")
+        if options["max_grad_norm"] is not None or options["skip_nonfinite"] or "trust_coeff" in options:
             self._totals = squares(self._gradients(entries), grad_scale)
             if self._reduce is not None:
                 self._reduce(self._totals)
@@ -211,6 +214,12 @@ class Settling(Optimizer):
                     entries.append((group, index))
         self._take_converted(states)
         return entries
+
+    def _forget_norms(self) -> None:
+        """What an earlier step found is not of the last one any more."""
+        self._totals, self._ratios = None, (None, [])
+        if self._plan is not None:
+            self._plan.forget_norms()
 
     def _find_totals(self) -> Tensor | None:
         totals: Tensor | None = None if self._plan is None else self._plan.totals()

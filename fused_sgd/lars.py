@@ -98,20 +98,18 @@ class FusedLARS(FusedSGD):
     def trust_ratios(self) -> list[TrustRatio]:
         """Norms and trust ratio of each parameter that the last step took, for logging.
 
-        Those of a kernel's step are computed from the norms it has left, without waiting for the GPU.
+        Those of a kernel's step are computed from the norms it has left, without waiting for the GPU, and with the
+        options it had. Only a tensor ``lr`` or ``weight_decay`` on a GPU is read anew. Groups are numbered as they were
+        then. Parameters without elements are left out, and so are all after a step that failed, or of which the host
+        knows that it was skipped.
         """
-        found = [] if self._plan is None else self._plan.row_squares()
-        norm = super().grad_norm
         rows = self._find_ratios()
-        for group, index, squares in found:
-            if group >= len(self.param_groups):
-                continue  # removed since
-            options = self.param_groups[group]
+        norm = super().grad_norm
+        for group, index, squares, max_grad_norm, options in [] if self._plan is None else self._plan.row_squares():
             param_norm, grad_norm = squares.sqrt().unbind()
-            if options["max_grad_norm"] is not None and norm is not None:
-                grad_norm = grad_norm * clip_coefficient(norm, options["max_grad_norm"]).to(grad_norm.device)
-            keys = ("lr", "weight_decay", "trust_coeff", "eps", "trust_clip", "always_adapt")
-            ratio = trust_ratio(param_norm, grad_norm, **{key: options[key] for key in keys})
+            if max_grad_norm and norm is not None:
+                grad_norm = grad_norm * clip_coefficient(norm, max_grad_norm).to(grad_norm.device)
+            ratio = trust_ratio(param_norm, grad_norm, **options)
             rows.append(TrustRatio(group, index, param_norm, grad_norm, ratio))
         return sorted(rows, key=lambda row: (row.group, row.parameter))
 

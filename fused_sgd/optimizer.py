@@ -243,6 +243,7 @@ class FusedSGD(Settling):
             if _on_gpu(found_inf):
                 check_one_element("found_inf", found_inf)
             elif overflowed(found_inf):
+                self._forget_norms()
                 return
             elif found_inf is not None:
                 found_inf = 0.0
@@ -267,7 +268,8 @@ class FusedSGD(Settling):
         """The global L2 norm of the gradients of the last step: after unscaling, before clipping.
 
         A fresh 0-dim float64 tensor on the parameters' device, so that asking does not wait for it. ``None`` where no
-        norm was needed, and so none computed.
+        norm was computed: none was needed, the step failed, or a GradScaler had found an overflow already. After
+        ``load_state_dict()`` there was no last step.
         """
         totals = self._find_totals()
         return None if totals is None else totals[0].sqrt()
@@ -381,11 +383,10 @@ class FusedSGD(Settling):
         if not running:
             self.norm_process_group = self.norm_process_group.it
             self._plan = None if C is None else C.Plan()
-            self._totals = None
-            self._ratios = (None, [])
             self._holds_averages = False
         elif self._plan is not None:
             self._plan.forget()  # but not what a CUDA graph may have kept of it
+        self._forget_norms()
         self._reduce = make_reduce(self.param_groups, self.norm_process_group)
         self.state = State(self._plan, self.state)
 

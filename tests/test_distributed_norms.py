@@ -147,3 +147,29 @@ def test_fsdp2(tmp_path: Path) -> None:
                 assert all(torch.equal(q.full_tensor(), kept) for q, kept in zip(mine.parameters(), before))
     """,
     )
+
+
+def test_shards_without_a_plan_are_refused(tmp_path: Path) -> None:
+    """The reference would take the norms of the shards for those of the whole tensors."""
+    run_two(
+        tmp_path,
+        """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    p = torch.ones(3).requires_grad_()
+    p.grad = torch.full((3,), 1.0 + RANK)
+    optimizer = FusedLARS([p], lr=1.0, norm_process_group=dist.group.WORLD)
+    with Nothing():
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert "FusedLARS with shards in several processes" in str(error)
+        else:
+            raise AssertionError("stepped")
+    assert torch.equal(p.detach(), torch.ones(3))
+    """,
+    )

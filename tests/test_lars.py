@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
@@ -12,7 +11,6 @@ import pytest
 import torch
 from fused_sgd import FusedLARS, FusedSGD, param_groups
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import copies, float64_step, make_params, same_bits, set_grads, snapshot
 
@@ -121,53 +119,6 @@ def test_norms_are_those_of_the_step_s_own_parameters() -> None:
     assert [(row.group, row.parameter) for row in rows] == [(0, 0), (1, 1)]
     assert rows[0].ratio == 1
     assert rows[1].ratio < 0.01
-
-
-@pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_a_step_that_fails_tells_nothing(max_norm: float | None) -> None:
-    """Not what an earlier step found, and not of parameters that came since: nobody measured those."""
-    params = make_params([(4, 8), (5,)])
-    optimizer = FusedLARS(params, lr=0.1, weight_decay=0.1, max_grad_norm=max_norm, fused=True)
-    set_grads(params, seed=0)
-    optimizer.step()
-    assert len(optimizer.trust_ratios()) == 2
-    more = make_params([(3,)] * 1000)
-    set_grads(more, seed=1)
-    more[-1].grad = more[0].data
-    optimizer.add_param_group({"params": more})
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="shares memory"):
-            optimizer.step()
-        assert optimizer.trust_ratios() == []
-        assert optimizer.grad_norm is None
-    optimizer.param_groups[0]["lr"] = math.nan
-    with pytest.raises(ValueError, match="nan"):
-        optimizer.step()
-    assert optimizer.trust_ratios() == []
-
-
-@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
-def test_the_norm_of_a_step_in_a_mode_is_not_that_of_a_later_one(kind: type[FusedSGD]) -> None:
-    (p,) = make_params([(4,)])
-    optimizer = kind([p], lr=0.1, max_grad_norm=1e9)
-    set_grads([p], seed=0)
-    with Nothing():
-        optimizer.step()
-    assert optimizer.grad_norm is not None
-    optimizer.step()
-    optimizer.param_groups[0]["lr"] = math.nan
-    with pytest.raises(ValueError, match="nan"):
-        optimizer.step()
-    assert optimizer.grad_norm is None
-
-
-def test_norms_of_a_group_that_was_removed_since() -> None:
-    params = make_params([(5,), (6,)])
-    optimizer = FusedLARS([{"params": [p]} for p in params], lr=0.1, fused=True)
-    set_grads(params, seed=0)
-    optimizer.step()
-    optimizer.param_groups.pop()
-    assert [row.group for row in optimizer.trust_ratios()] == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
@@ -311,68 +262,3 @@ def test_param_groups() -> None:
     assert "0.weight" in str(optimizer.explain())
     assert len(param_groups(nn.LayerNorm(3), 0.1)) == 1
     assert param_groups(nn.Flatten(), 0.1) == []
-
-
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_groups_on_different_paths(max_norm: float | None) -> None:
-    """One group on the kernel and one on the reference: as if both were on one, and so are the norms."""
-    params = make_params([(33, 5), (4097,)])
-    expected = copies(params)
-    groups = [{"params": [params[0]], "fused": True}, {"params": [params[1]], "fused": False}]
-    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "max_grad_norm": max_norm}
-    mine, theirs = FusedLARS(groups, **options), FusedLARS(expected, **options, fused=True)
-    for step in range(3):
-        set_grads(params, expected, seed=step)
-        mine.step()
-        theirs.step()
-        assert theirs.grad_norm is not None
-        assert mine.grad_norm is not None
-        torch.testing.assert_close(mine.grad_norm, theirs.grad_norm)
-        rows = zip(mine.trust_ratios(), theirs.trust_ratios(), strict=True)
-        for number, (got, want) in enumerate(rows):
-            assert (got.group, got.parameter) == (number, 0)
-            torch.testing.assert_close(got[2:], want[2:])
-        for p, q in zip(params, expected, strict=True):
-            torch.testing.assert_close(p, q)
-    params[1].grad = None
-    mine.step()
-    assert [row.group for row in mine.trust_ratios()] == [0], "what an earlier step found on the reference is gone"
-
-
-class Nothing(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, Nothing])
-def test_the_reference_tells_its_norms_too(mode: Any) -> None:
-    params = make_params([(33, 5), (0,), (4097,)])
-    expected = copies(params)
-    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-    mine = FusedLARS(params, **options, fused=False)
-    theirs = FusedLARS(expected, **options, fused=True)
-    for step in range(3):
-        set_grads(params, expected, seed=step)
-        with mode():
-            mine.step()
-        theirs.step()
-        assert mine.grad_norm is not None
-        torch.testing.assert_close(mine.grad_norm, theirs.grad_norm)
-        mine_by_place = {row[:2]: row[2:] for row in mine.trust_ratios()}
-        for row in theirs.trust_ratios():
-            torch.testing.assert_close(mine_by_place[row[:2]], row[2:])
-
-
-def test_norms_of_a_skipped_step_of_the_reference() -> None:
-    (p,) = make_params([(5,)])
-    optimizer = FusedLARS([p], lr=0.1, skip_nonfinite=True, fused=False)
-    set_grads([p], seed=0)
-    optimizer.step()
-    assert len(optimizer.trust_ratios()) == 1
-    with torch.no_grad():
-        p.grad[0] = torch.nan
-    optimizer.step()
-    assert optimizer.skipped_steps == 1
-    assert optimizer.trust_ratios() == [], "nothing was multiplied by a ratio"
-    assert optimizer.grad_norm is not None
-    assert optimizer.grad_norm.isnan()

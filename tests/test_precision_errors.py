@@ -248,6 +248,19 @@ def test_the_dtype_of_no_momentum_excludes_nothing(fused: bool | None) -> None:
     assert not mine.state
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.float16])
+def test_the_dtype_of_no_momentum_needs_no_kernel(dtype: torch.dtype, momentum_dtype: torch.dtype) -> None:
+    (p,), (q,) = make_params([(3, 64)], dtype), make_params([(3, 64)], dtype)
+    mine = FusedSGD([p], lr=0.1, momentum_dtype=momentum_dtype, fused=True)
+    theirs = FusedSGD([q], lr=0.1, fused=True)
+    set_grads([p], [q], seed=0)
+    assert mine.explain()[0].path == "kernel"
+    mine.step()
+    theirs.step()
+    assert same_bits(p, q)
+
+
 @FUSED
 def test_a_master_of_another_shape_is_refused_by_refresh(fused: bool) -> None:
     params = make_params([(3, 64)], torch.bfloat16)

@@ -203,6 +203,17 @@ Group GroupReader::values_for(c10::Device device) const {
   return group;
 }
 
+py::dict GroupReader::trust_options() const {
+  py::dict options;
+  for (const Key key : {kLr, kWeightDecay, kTrustCoeff, kEps, kTrustClip, kAlwaysAdapt}) {
+    options[kKeyNames[key]] = py::reinterpret_borrow<py::object>(seen_[key].get());
+  }
+  // Tensors on the CPU may have been written since.
+  if (lr_device_ == kNoDevice) options[kKeyNames[kLr]] = group_.lr;
+  if (weight_decay_device_ == kNoDevice) options[kKeyNames[kWeightDecay]] = group_.weight_decay;
+  return options;
+}
+
 int GroupReader::traverse(visitproc visit, void* arg) const {
   for (const Ref& ref : seen_) Py_VISIT(ref.get());
   return 0;

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 #include <c10/core/Device.h>
+#include <pybind11/pybind11.h>
 
 #include <array>
 
@@ -105,6 +106,8 @@ class GroupReader {
   bool skip_nonfinite() const { return skip_nonfinite_; }
   // values() for parameters on another device: what stands elsewhere is read, which waits for the GPU.
   Group values_for(c10::Device device) const;
+  // What a trust ratio is computed from, as a dict: numbers as they were read, and tensors on a GPU.
+  pybind11::dict trust_options() const;
   // The first hyperparameter that is finite and beyond float32's range, or kKeyCount.
   Key too_large() const { return too_large_; }
   // The first hyperparameter that is NaN or no number, or kKeyCount.

@@ -92,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
       .def("totals", &Plan::totals)
       .def("row_squares", &Plan::row_squares)
       .def("skipped_steps", &Plan::skipped_steps)
+      .def("forget_norms", &Plan::forget_norms)
       .def("calls", &Plan::calls)
       .def("forget_state", &Plan::forget_state)
       .def("forget", &Plan::forget);

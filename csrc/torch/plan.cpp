@@ -71,7 +71,7 @@ bool Plan::any_on_gpu() const {
 py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf,
                       PyObject* reduce, PyObject* elsewhere) {
   const Busy busy(*this);
-  totals_known_ = false;  // a step that fails has found nothing, and leaves rows that were not measured
+  totals_known_ = tells_totals_ = tells_rows_ = false;
   if (!watches(state)) return py::make_tuple("state");
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::make_tuple("mode");
   gpu_grad_scale_ = on_gpu(grad_scale);
@@ -132,6 +132,7 @@ py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
       }
       if (skip_nonfinite_ && host_decides && nonfinite_was_found()) {
         remove_new_states(state);
+        tells_totals_ = totals_are_whole_;
         return py::make_tuple("skipped");
       }
       scalars.totals = totals_.data();
@@ -149,6 +150,8 @@ py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
   }
   walk();
   commit();
+  tells_totals_ = totals_known_ && totals_are_whole_;
+  tells_rows_ = totals_known_ && norms_ == cuda::Norms::GradientsAndParameters;
   if (elsewhere_.empty()) return py::none();
   return py::make_tuple("elsewhere", places(elsewhere_));
 }
@@ -255,6 +258,12 @@ void Plan::forget_state() {
       entry.state_known = false;
     }
   }
+}
+
+void Plan::forget_norms() {
+  if (busy_) return;
+  ++round_;
+  tells_totals_ = tells_rows_ = false;
 }
 
 void Plan::forget() {

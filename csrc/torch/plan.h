@@ -70,13 +70,18 @@ class Plan {
   void forget_state();
   void forget();
 
-  // What the last first pass found, as fresh float64 tensors: [sum of squares of all gradients, non-finite], or None.
+  // What the last step found, as fresh float64 tensors: [sum of squares of all gradients, non-finite], or None, also
+  // after a step that failed.
   pybind11::object totals() const;
-  // A list of (group, index, [sum of squares of parameter, of gradient]) for the parameters of the last step.
+  // A list of (group, index, [sum of squares of parameter, of gradient], max_grad_norm or 0, options) for the
+  // parameters of the last step; options as that step read them, see GroupReader::trust_options().
   pybind11::list row_squares() const;
   // How many steps a GPU skipped, for each that counts them.
   std::vector<at::Tensor> skipped_steps() const;
-  // How often step() was called: as long as this is the same, what was found in a step is of the last one.
+  // Makes totals() and row_squares() empty: what was found is not of the last step any more.
+  void forget_norms();
+  // How often step() or forget_norms() was called: as long as this is the same, what was found in a step is of the
+  // last one.
   uint32_t calls() const { return round_; }
 
   int traverse(visitproc visit, void* arg) const;  // for Python's garbage collector
@@ -268,8 +273,10 @@ class Plan {
   std::vector<double> grad_tiles_, param_tiles_, row_squares_;
   std::array<double, 2> totals_{};
   cuda::Norms norms_ = cuda::Norms::None;  // that this step needs
-  bool totals_known_ = false;
-  bool totals_are_whole_ = true;  // and not those of the kernels' parameters alone
+  bool totals_known_ = false;              // in this step
+  bool totals_are_whole_ = true;           // and not those of the kernels' parameters alone
+  // What totals() and row_squares() may tell: of a step that came to its end.
+  bool tells_totals_ = false, tells_rows_ = false;
   double max_grad_norm_ = 0;
   bool skip_nonfinite_ = false;
   float grad_scale_ = 1;

@@ -127,7 +127,7 @@ bool Plan::nonfinite_was_found() const {
 }
 
 py::object Plan::totals() const {
-  if (!totals_known_ || !totals_are_whole_) return py::none();
+  if (!tells_totals_) return py::none();
   for (const Target& target : targets_) {
     if (target.launcher != nullptr && target.packer.row_count() != 0) return py::cast(totals_of(target).clone());
   }
@@ -136,16 +136,19 @@ py::object Plan::totals() const {
 
 py::list Plan::row_squares() const {
   py::list list;
-  if (!totals_known_ || norms_ != cuda::Norms::GradientsAndParameters) return list;
+  if (!tells_rows_) return list;
   std::vector<at::Tensor> squares;
   for (const Target& target : targets_) {
     squares.push_back(target.packer.row_count() == 0 ? at::Tensor() : row_squares_of(target).clone().view({-1, 2}));
   }
   std::vector<int64_t> rows(targets_.size(), 0);
+  std::vector<py::dict> options;
+  for (const GroupEntry& group : groups_) options.push_back(group.reader.trust_options());
   for (const Active& a : active_) {
     if (a.row == nullptr) continue;
+    const auto [group, index] = a.entry->where;
     const std::size_t target = a.entry->target;
-    list.append(py::make_tuple(a.entry->where.group, a.entry->where.index, squares[target][rows[target]++]));
+    list.append(py::make_tuple(group, index, squares[target][rows[target]++], max_grad_norm_, options[group]));
   }
   return list;
 }
