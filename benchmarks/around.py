@@ -30,14 +30,14 @@ from torch import Tensor
 
 from . import options as shared
 from . import tables, turns
-from .clocks import Clock, GraphClock, Timed, host_bound
+from .clocks import Clock, GraphClock
 from .machine import available_bytes
-from .measure import Effort, Quartiles, Samples
+from .measure import Effort, Quartiles
 from .peers import CEILING, CannotRun, Contender
 from .report_around import report_section
 from .sequences import TASKS, Sequence, Task
 from .shapes import SHAPE_SETS, ShapeSet
-from .turns import FLAT_BYTES, WrongError, ceiling, failed, take_turns
+from .turns import FLAT_BYTES, TimedRow, Turns, WrongError, ceiling, failed, take_turns
 from .verify import MAX_ELEMENTS
 from .workload import LR, TIMED_LR, make_workload
 
@@ -63,34 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_arguments(parser, minutes=2, quick_minutes=0.3)
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(TimedRow):
     """One way to do one task."""
 
     task: str
     description: str
-    peer: str
     peer_is: str
-    role: str
-    shapes: str
-    tensors: int
-    elements: int
-    dtype: str
-    threads: int
-    clock: str
     floor_bytes_per_element: int
-    status: str
-    reason: str | None = None
     largest_difference: float | None = None  # between the two ways' results
-    rounds: int | None = None
-    repeats: int | None = None
-    microseconds: Quartiles | None = None
     ratio_to_ours: Quartiles | None = None
     bytes_per_element: Quartiles | None = None  # what the ceiling moves in this time
     ratio_to_floor: Quartiles | None = None
-    launches: int | None = None
-    launches_expected: int | None = None
-    host_bound: bool = False
 
 
 def run(given: argparse.Namespace) -> int:
@@ -124,7 +108,6 @@ def run_case(
             threads=max(options.threads),
             clock=clocks[0].name,
             floor_bytes_per_element=task.floor_bytes_per_element,
-            status="ok",
             launches_expected=task.launches if way == "ours" and options.device == "cuda" else None,
         )
         for way in WAYS
@@ -197,24 +180,14 @@ def _time(
         steps[CEILING] = flat.step
     found = take_turns(steps, clock, effort)
     return [
-        failed(row, found.why[row.peer])
-        if row.peer in found.why
-        else _with_figures(row, found.samples, found.timed[row.peer], no_flat)
+        failed(row, found.why[row.peer]) if row.peer in found.why else _with_figures(row, found, no_flat)
         for row in rows
     ]
 
 
-def _with_figures(row: Row, samples: Mapping[str, Samples], timed: Timed, no_flat: str | None) -> Row:
-    own = samples[row.peer]
-    row = replace(
-        row,
-        rounds=len(own.seconds),
-        repeats=own.repeats,
-        microseconds=own.quartiles().scaled(1e6),
-        ratio_to_ours=own.ratio_to(samples["ours"]) if "ours" in samples else None,
-        host_bound=host_bound(timed),
-        reason=no_flat,
-    )
+def _with_figures(row: Row, found: Turns, no_flat: str | None) -> Row:
+    own, samples = found.samples[row.peer], found.samples
+    row = found.fill(row, ratio_to_ours=own.ratio_to(samples["ours"]) if "ours" in samples else None, reason=no_flat)
     if CEILING not in samples:
         return row
     bytes_ = own.ratio_to(samples[CEILING]).scaled(FLAT_BYTES)

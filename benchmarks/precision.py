@@ -24,14 +24,14 @@ from torch import Tensor
 
 from . import options as shared
 from . import tables, turns
-from .clocks import Clock, host_bound
+from .clocks import Clock
 from .footprint import state_bytes
 from .machine import available_bytes
 from .measure import Effort, Quartiles
 from .peers import CEILING, CannotRun, Contender
 from .report_precision import report_section
 from .shapes import SHAPE_SETS, ShapeSet
-from .turns import FLAT_BYTES, Turns, WrongError, ceiling, failed, take_turns
+from .turns import FLAT_BYTES, TimedRow, Turns, WrongError, ceiling, failed, take_turns
 from .verify import MAX_ELEMENTS, STEPS, TOLERANCE, largest_error, sgd_in_float64
 from .workload import LR, MOMENTUM, TIMED_LR, WEIGHT_DECAY, Workload, make_workload
 
@@ -84,35 +84,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_arguments(parser, minutes=2, quick_minutes=0.3)
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(TimedRow):
     """One mode, timed on one shape set. ``peer`` is its name."""
 
-    peer: str
-    role: str
-    shapes: str
-    tensors: int
-    elements: int
-    dtype: str
-    threads: int
-    clock: str
-    status: str
-    reason: str | None = None
     error: float | None = None  # of its result against float64
     state_bytes_per_parameter: float | None = None
     bytes_per_parameter: float | None = None  # the weight and the state, without the gradient
     floor_bytes_per_element: float | None = None
-    rounds: int | None = None
-    repeats: int | None = None
-    microseconds: Quartiles | None = None
     gb_per_second: float | None = None  # of the mode's floor
     percent_of_ceiling: Quartiles | None = None
     ratio_to_float32: Quartiles | None = None  # above 1: slower
     wide: str | None = None
     ratio_to_wide: Quartiles | None = None
-    launches: int | None = None
-    launches_expected: int | None = None
-    host_bound: bool = False
 
 
 def run(given: argparse.Namespace) -> int:
@@ -160,7 +144,6 @@ def _set_up(
         dtype=str(mode.dtype).removeprefix("torch."),
         threads=0,
         clock="",
-        status="ok",
         reason=no_flat,
         wide=mode.wide,
         launches_expected=1 if device == "cuda" else None,
@@ -232,7 +215,6 @@ def _timed(row: Row, found: Turns) -> Row:
     if row.peer not in found.samples:
         return row
     own = found.samples[row.peer]
-    time = own.quartiles()
     floor = row.floor_bytes_per_element
     assert floor is not None
 
@@ -242,16 +224,12 @@ def _timed(row: Row, found: Turns) -> Row:
     of_ceiling = None
     if CEILING in found.samples:
         of_ceiling = found.samples[CEILING].ratio_to(own).scaled(100 * floor / FLAT_BYTES)
-    return replace(
+    return found.fill(
         row,
-        rounds=len(own.seconds),
-        repeats=own.repeats,
-        microseconds=time.scaled(1e6),
-        gb_per_second=floor * row.elements / time.median * 1e-9,
+        gb_per_second=floor * row.elements / own.quartiles().median * 1e-9,
         percent_of_ceiling=of_ceiling,
         ratio_to_float32=ratio(BASE),
         ratio_to_wide=ratio(row.wide),
-        host_bound=host_bound(found.timed[row.peer]),
     )
 
 

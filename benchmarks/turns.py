@@ -13,16 +13,39 @@ from rich.console import Console
 
 from . import options as shared
 from . import results, tables
-from .clocks import Clock, Step, Timed
+from .clocks import Clock, Step, Timed, host_bound
 from .footprint import footprint
-from .measure import Effort, Samples, measure, warm_up
+from .measure import Effort, Quartiles, Samples, measure, warm_up
 from .peers import CEILING, PEERS, CannotRun, Contender
 from .runner import clocks_for, finish_header, make_header, make_progress
 from .workload import TIMED_LR, Workload
 
 FLAT_BYTES = 20  # that the ceiling moves an element, in float32
 
-Row = TypeVar("Row", bound=Any)  # a dataclass with `status` and `reason`
+
+@dataclass(frozen=True, kw_only=True)
+class TimedRow:
+    """What the rows of all such commands tell. ``status`` is ok, wrong (its result), failed or skipped."""
+
+    peer: str
+    role: str
+    shapes: str
+    tensors: int
+    elements: int
+    dtype: str
+    threads: int
+    clock: str
+    status: str = "ok"
+    reason: str | None = None
+    rounds: int | None = None
+    repeats: int | None = None
+    microseconds: Quartiles | None = None
+    launches: int | None = None
+    launches_expected: int | None = None
+    host_bound: bool = False
+
+
+Row = TypeVar("Row", bound=TimedRow)
 
 
 class WrongError(Exception):
@@ -60,6 +83,18 @@ class Turns:
     samples: Mapping[str, Samples]
     timed: Mapping[str, Timed]
     why: Mapping[str, Exception]
+
+    def fill(self, row: Row, **figures: Any) -> Row:
+        """A row with its times, and with figures made of them."""
+        own = self.samples[row.peer]
+        return replace(
+            row,
+            rounds=len(own.seconds),
+            repeats=own.repeats,
+            microseconds=own.quartiles().scaled(1e6),
+            host_bound=host_bound(self.timed[row.peer]),
+            **figures,
+        )
 
 
 def take_turns(steps: Mapping[str, Step], clock: Clock, effort: Effort) -> Turns:

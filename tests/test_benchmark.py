@@ -59,8 +59,8 @@ def test_one_row_for_each_peer_of_each_configuration(result: dict[str, Any]) -> 
     found = [(row["shapes"], row["dtype"], row["threads"], row["peer"]) for row in result["rows"]]
     assert found == [
         (shapes, dtype, 1, peer)
-        for shapes in ("tiny161_groups", "resnet20")
         for dtype in ("float32", "bfloat16")
+        for shapes in ("tiny161_groups", "resnet20")
         for peer in benchmarks("peers").PEERS
     ]
 
