@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from fused_sgd._native import C
 from torch import Tensor
 
 Params = list[Tensor]
+
+# Of float32's eight roundings, or the one that a 16-bit format may make otherwise after a norm's last bit.
+CLOSE = {
+    torch.float64: 2**-44,
+    torch.complex128: 2**-44,
+    torch.float32: 2**-17,
+    torch.complex64: 2**-17,
+    torch.bfloat16: 2**-6,
+    torch.float16: 2**-9,
+}
 
 
 def seeded(shape: Sequence[int], seed: int | torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -160,3 +171,22 @@ def float64_step(p: Tensor, g: Tensor, b: Tensor | None, **options: Any) -> tupl
 def float64_ema(e: Tensor | None, p: Tensor, decay: float) -> Tensor:
     """The moving average of a parameter in float64; None before the first step."""
     return p.double() if e is None else decay * e.double() + (1 - decay) * p.double()
+
+
+def kept(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+    """A parameter's state."""
+    return {key: value for key, value in optimizer.state.get(param, {}).items() if value is not None}
+
+
+def each_instruction_set() -> Iterator[str]:
+    """Selects one after the other; the one from before at the end. (A GPU does not care.)"""
+    assert C is not None
+    before = C.instruction_set()
+    on_cpu = torch.get_default_device().type == "cpu"
+    try:
+        for name, runs_here, _ in C.instruction_sets():
+            if runs_here if on_cpu else name == before:
+                C.select_instruction_set(name)
+                yield name
+    finally:
+        C.select_instruction_set(before)
