@@ -104,7 +104,7 @@ def _by_reference(
         clip_coefficient=None if clip is None else clip.to(param.device),
         decoupled_weight_decay=options["decoupled_weight_decay"],
         trust_ratio=None if ratio is None else ratio[2],
-        lr_in_momentum=options.get("lr_in_momentum", False),
+        lr_in_momentum=ratio is not None and options["lr_in_momentum"],
         **{key: options[key] for key in _HYPERPARAMETERS},
     )
     _store_weights(param, weights, inner, kept)

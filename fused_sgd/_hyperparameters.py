@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from fused_sgd._native import C, why_missing
 from fused_sgd._precision import MASTER_WEIGHTS, MOMENTUM_DTYPES
 from torch import Tensor
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_defaults(defaults: dict[str, Any]) -> None:
@@ -41,23 +44,40 @@ def check_numbers(options: dict[str, Any], where: str = "") -> None:
     _check_range(options, "max_grad_norm", "positive", lambda norm: norm > 0, where)
     _check_range(options, "ema_decay", "in [0, 1)", lambda decay: 0 <= decay < 1, where)
     for key in ("trust_coeff", "eps"):
-        _check_range(options, key, "a number that is not NaN", lambda value: not math.isnan(value), where)
+        if key in options:
+            _check_range(options, key, "a number that is not NaN", lambda value: not math.isnan(value), where, False)
     if options.get("decoupled_weight_decay") and "trust_coeff" in options:
         raise ValueError(f"`decoupled_weight_decay` and a trust ratio exclude each other{where}")
 
 
 def _check_range(
-    options: dict[str, Any], key: str, range_text: str, is_good: Callable[[float], bool], where: str
+    options: dict[str, Any],
+    key: str,
+    range_text: str,
+    is_good: Callable[[float], bool],
+    where: str,
+    may_be_none: bool = True,
 ) -> None:
-    value = options.get(key)
-    if value is None:
+    value: Any = options.get(key)
+    if value is None and may_be_none:
         return
     try:
+        if isinstance(value, (str, bytes)):  # which float() takes
+            raise TypeError
         good = is_good(float(value))
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{key} must be a number, and is {value!r}{where}") from error
     if not good:
         raise ValueError(f"Invalid {key}: {value}; it must be {range_text}{where}")
+
+
+def too_large(options: dict[str, Any]) -> str:
+    """The first hyperparameter that is finite and beyond float32's range, or an empty string."""
+    for key in ("lr", "momentum", "dampening", "weight_decay"):
+        value = options[key]
+        if not isinstance(value, Tensor) and _LARGEST < abs(value) < math.inf:
+            return key
+    return ""
 
 
 def check_same(groups: list[dict[str, Any]]) -> None:

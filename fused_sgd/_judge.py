@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fused_sgd._dtensor import dtensor, local
-from fused_sgd._hyperparameters import check_foreach
+from fused_sgd._hyperparameters import check_foreach, too_large
 from fused_sgd._native import C, why_missing
 from fused_sgd._precision import Group, format_name, scale_shape, storage, unsound_options
 from torch import Tensor
@@ -22,6 +22,12 @@ class Judgement(NamedTuple):
     combination: int = -1  # the kernel's number for the storage formats
     keys: tuple[tuple[str, int, bool], ...] = ()  # of the state: column in the kernel's table, whether elementwise
     is_copy: bool = False  # whether the parameter is a copy of its master
+
+
+def too_large_message(groups: list[Group], group: int, index: int, key: str) -> str:
+    """The error for a hyperparameter that does not fit the dtype a parameter is computed in; torch's words."""
+    where, value = place(groups, group, index), groups[group][key]
+    return f"{where}: {key} ({value}) cannot be converted to type float without overflow"
 
 
 def describe(tensor: Tensor) -> str:
@@ -88,6 +94,9 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     if problem:
         raise RuntimeError(f"{place(groups, group, index)}: {problem}")
     judgement = choose(options, param, grad, kept)
+    in_float32 = param.dtype not in (torch.float64, torch.complex128)
+    if judgement.path != "kernel" and in_float32 and (key := too_large(options)):  # the plan looks for others
+        raise RuntimeError(too_large_message(groups, group, index, key))
     if options["fused"] and judgement.path != "kernel":
         raise RuntimeError(
             f"{place(groups, group, index)}: `fused=True` cannot be honoured: {judgement.reason}."
@@ -146,6 +155,8 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor
         return f"its gradient is on another device ({describe(grad)})"
     if grad.is_complex() and not param.is_complex():
         return f"its gradient is complex and it is real ({describe(grad)})"
+    if options["differentiable"] and param.requires_grad and param.is_leaf:
+        return "differentiable=True cannot write a leaf that requires a gradient; give the optimizer a clone of it"
     if grad.is_sparse and options["weight_decay"] != 0:
         return "weight_decay does not support sparse gradients, in torch.optim.SGD neither"
     if grad.is_sparse and (options["ema_decay"] is not None or "trust_coeff" in options):

@@ -24,6 +24,14 @@ class TrustRatio(NamedTuple):
     ratio: Tensor  # what the gradient with its penalty was multiplied by, without the learning rate
 
 
+class Found(NamedTuple):
+    """What a step found that was not, or not in all, the plan's."""
+
+    calls: int | None  # the plan's count of calls then: as long as it is the same, the step was the last one
+    totals: Tensor | None  # as squares() returns them; None where the plan has them, or nobody
+    ratios: list[TrustRatio]
+
+
 def make_reduce(groups: list[Group], process_group: Any) -> Reduce | None:
     """What adds up a tensor over the processes that hold parts of the parameters, in place; None where each has all.
 

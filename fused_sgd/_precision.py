@@ -204,6 +204,8 @@ def convert(options: Group, param: Tensor, kept: dict[str, Any], masters: bool =
 
 
 def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wanted: Storage) -> list[str]:
+    if options["momentum"] == 0:
+        return []  # it waits until there is a momentum again, and for the format wanted then
     codes, scale, buffer = (kept.get(key) for key in ("momentum_codes", "momentum_scale", "momentum_buffer"))
     target = wanted.momentum_dtype
     if isinstance(codes, Tensor) and isinstance(scale, Tensor):
@@ -222,7 +224,8 @@ def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wante
         return [f"momentum from {buffer.dtype} to int8 blocks"]
     # Unless asked for another dtype, a buffer that is wider than a narrow parameter stays so.
     is_wider = param.dtype in _NARROW and buffer.dtype == torch.float32 and options["momentum_dtype"] is None
-    if buffer.dtype == target or is_wider or buffer.is_complex() != param.is_complex():
+    same_kind = buffer.is_complex() == param.is_complex() == target.is_complex
+    if buffer.dtype == target or is_wider or not same_kind:
         return []
     kept["momentum_buffer"] = cast_buffer(buffer, target)
     return [f"momentum from {buffer.dtype} to {target}"]

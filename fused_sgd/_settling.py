@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 
 from fused_sgd._elsewhere import step_elsewhere
 from fused_sgd._hyperparameters import check_foreach, check_grad_scale, check_numbers, check_same, check_storage
-from fused_sgd._judge import gradient, judge, place, state_tensor, unsound_state
+from fused_sgd._judge import gradient, judge, place, state_tensor, too_large_message, unsound_state
 from fused_sgd._native import C
 from fused_sgd._new_state import new_state
-from fused_sgd._norms import Reduce, TrustRatio, squares
+from fused_sgd._norms import Found, Reduce, TrustRatio, squares
 from fused_sgd._precision import convert, refresh_master
 from fused_sgd._state import State
 from torch import Tensor
@@ -36,8 +36,7 @@ class Settling(Optimizer):
     _plan: Any  # None without the compiled module
     _reduce: Reduce | None
     _skipped: int  # steps, by skip_nonfinite and on the CPU
-    _totals: Tensor | None  # of the last step, where no plan has them; as squares() returns them
-    _ratios: tuple[int | None, list[TrustRatio]]  # of what a step left to Python, and the plan's count of calls then
+    _found: Found | None
 
     def _settle(
         self, rest: tuple[Any, ...], grad_scale: Tensor | float | None, found_inf: Tensor | float | None
@@ -71,38 +70,36 @@ class Settling(Optimizer):
         if answer[0] == "skipped":
             self._skipped += 1
         elif answer[0] == "elsewhere":
-            self._step_elsewhere(answer[1], grad_scale, self._find_totals())
+            ratios = step_elsewhere(self.param_groups, self.state, answer[1], grad_scale, self._find_totals())
+            self._found = Found(self._calls(), None, ratios)
         elif answer[0] in ("mode", "no plan"):
             if answer[0] == "mode" and any(group["fused"] for group in self.param_groups):
                 raise RuntimeError("`fused=True` cannot be honoured under an active TorchDispatchMode; use fused=None")
-            self._step_without_plan(grad_scale)
+            self._step_without_plan(grad_scale, found_inf is not None)
         else:
             self._refuse(*answer)
 
     def _gradients(self, entries: list[tuple[int, int]]) -> list[Tensor]:
         return [gradient(self.param_groups[group]["params"][index]) for group, index in entries]
 
-    def _step_without_plan(self, grad_scale: Tensor | float | None) -> None:
-        """A step in which no kernel takes part."""
+    def _step_without_plan(self, grad_scale: Tensor | float | None, checked: bool) -> None:
+        """A step in which no kernel takes part; ``checked`` if a GradScaler has looked for what is not finite."""
         entries = self._judge_all()
         options = self.param_groups[0] if self.param_groups else self.defaults
-        self._totals, self._ratios = None, (self._calls(), [])
         if "trust_coeff" in options and self._reduce is not None:
             raise RuntimeError("FusedLARS with shards in several processes needs a kernel for each parameter")
-        if options["max_grad_norm"] is not None or options["skip_nonfinite"] or "trust_coeff" in options:
-            self._totals = squares(self._gradients(entries), grad_scale)
+        totals = None
+        looks = options["skip_nonfinite"] and not checked
+        if options["max_grad_norm"] is not None or looks or "trust_coeff" in options:
+            totals = squares(self._gradients(entries), grad_scale)
             if self._reduce is not None:
-                self._reduce(self._totals)
-            if options["skip_nonfinite"] and self._totals[1] != 0:
-                self._skipped += 1
-                return
-        self._step_elsewhere(entries, grad_scale, self._totals)
-
-    def _step_elsewhere(
-        self, entries: list[tuple[int, int]], grad_scale: Tensor | float | None, totals: Tensor | None
-    ) -> None:
-        ratios = step_elsewhere(self.param_groups, self.state, entries, grad_scale, totals)
-        self._ratios = (self._calls(), ratios)
+                self._reduce(totals)
+        ratios = []
+        if options["skip_nonfinite"] and totals is not None and totals[1] != 0:
+            self._skipped += 1
+        else:
+            ratios = step_elsewhere(self.param_groups, self.state, entries, grad_scale, totals)
+        self._found = Found(self._calls(), totals, ratios)
 
     def _calls(self) -> int | None:
         calls: int | None = None if self._plan is None else self._plan.calls()
@@ -118,10 +115,7 @@ class Settling(Optimizer):
             check_same(groups)
         elif what == "too large":
             group, key, index = details
-            raise RuntimeError(
-                f"{place(groups, group, index)}: {key} ({groups[group][key]}) cannot be converted to type float without"
-                " overflow"
-            )
+            raise RuntimeError(too_large_message(groups, group, index, key))
         elif what == "freed":
             group, index, role = details
             raise RuntimeError(
@@ -217,20 +211,23 @@ class Settling(Optimizer):
 
     def _forget_norms(self) -> None:
         """What an earlier step found is not of the last one any more."""
-        self._totals, self._ratios = None, (None, [])
+        self._found = None
         if self._plan is not None:
             self._plan.forget_norms()
 
+    def _last_found(self) -> Found | None:
+        return self._found if self._found is not None and self._found.calls == self._calls() else None
+
     def _find_totals(self) -> Tensor | None:
         totals: Tensor | None = None if self._plan is None else self._plan.totals()
-        if totals is not None:
-            return totals
-        return self._totals if self._ratios[0] == self._calls() else None  # else of an earlier step
+        found = self._last_found()
+        return found.totals if totals is None and found is not None else totals
 
     def _find_ratios(self) -> list[TrustRatio]:
-        """The trust ratios of what the last step left to Python; none if a later step left nothing."""
-        calls, ratios = self._ratios
-        return list(ratios) if calls == self._calls() else []
+        """The trust ratios of what the last step left to Python, as fresh tensors."""
+        found = self._last_found()
+        rows = [] if found is None else found.ratios
+        return [TrustRatio(*row[:2], *(tensor.clone() for tensor in row[2:])) for row in rows]
 
     def _convert_all(self) -> None:
         said: list[str] = []

@@ -117,9 +117,11 @@ class FusedLARS(FusedSGD):
     def grad_norm(self) -> Tensor | None:
         """The global L2 norm of the gradients of the last step, as for :class:`FusedSGD`: LARS always needs norms."""
         norm = super().grad_norm
-        rows = self.trust_ratios() if norm is None else []
-        if not rows:
+        if norm is not None or self._last_found() is None:
             return norm
+        rows = self.trust_ratios()
+        if not rows:
+            return torch.zeros((), dtype=torch.float64)
         return torch.stack([row.grad_norm.to(rows[0].grad_norm.device) for row in rows]).square().sum().sqrt()
 
 

@@ -67,7 +67,8 @@ class FusedSGD(Settling):
             gradient has no penalty.
         max_grad_norm: clips the gradients by their global L2 norm, over all groups and devices and after unscaling, as
             :func:`torch.nn.utils.clip_grad_norm_` does, but inside the step: gradients are not written.
-        skip_nonfinite: whether a step is skipped, whole, when an element of a gradient is infinite or NaN.
+        skip_nonfinite: whether a step is skipped, whole, when an element of a gradient is infinite or NaN. Under a
+            :class:`torch.amp.GradScaler` its own look is believed, and no other pass is made.
         momentum_dtype: what the momentum buffer is kept in: ``torch.float32``, ``torch.bfloat16``, ``torch.float16``,
             or ``torch.int8`` for 8-bit codes with a float32 scale for each 64 of them. ``None`` for the parameter's
             dtype, or float32 where there are master weights. Parameters whose rows (along dimension 0) are not whole
@@ -151,8 +152,7 @@ class FusedSGD(Settling):
         self._plan = None if C is None else C.Plan()
         self.norm_process_group = norm_process_group
         self._skipped = 0
-        self._totals = None
-        self._ratios = (None, [])
+        self._found = None
         self._holds_averages = False
         super().__init__(params, defaults)
         self.state = State(self._plan, self.state)
@@ -205,14 +205,20 @@ class FusedSGD(Settling):
         if self._holds_averages:
             self._refuse_averages("step()")
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        attributes = self.__dict__
-        if "found_inf" in attributes or "grad_scale" in attributes:
-            self._step_scaled(attributes)
-        elif (rest := plan_step(self._plan, self.param_groups, self.state, None, None, self._reduce, None)) is not None:
-            self._settle(rest, None, None)
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            attributes = self.__dict__
+            if "found_inf" in attributes or "grad_scale" in attributes:
+                self._step_scaled(attributes)
+            else:
+                rest = plan_step(self._plan, self.param_groups, self.state, None, None, self._reduce, None)
+                if rest is not None:
+                    self._settle(rest, None, None)
+        except BaseException:
+            self._forget_norms()
+            raise
         return loss
 
     def explain(self) -> Explanation:

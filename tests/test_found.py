@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -213,3 +214,111 @@ def test_a_step_without_gradients(kind: type[FusedSGD], fused: bool | None, mode
     with mode():
         optimizer.step()
     assert not optimizer.grad_norm
+
+
+def failing(optimizer: FusedLARS, how: str) -> Callable[[], object]:
+    """What makes the next step fail; called, it puts all back."""
+    group = optimizer.param_groups[0]
+    if how == "nan":
+        group["lr"] = math.nan
+        return lambda: group.update(lr=0.1)
+    if how == "differ":
+        group["skip_nonfinite"] = True
+        return lambda: group.update(skip_nonfinite=False)
+    if how == "shape":
+        p = group["params"][0]
+        kept, p.data = p.data, torch.zeros(7)
+        return lambda: setattr(p, "data", kept)
+    if how == "half way":  # it is judged, norms are known, and it is the last to be written
+        p = optimizer.param_groups[-1]["params"][0]
+        optimizer.param_groups[-1].update(momentum=0.9, fused=False)
+        optimizer.state[p] = Stubborn()
+        return optimizer.state.clear
+    optimizer.grad_scale = math.nan
+    return lambda: optimizer.__dict__.pop("grad_scale")
+
+
+class Stubborn(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("how", ["nan", "differ", "shape", "half way", "scale"])
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Nothing])
+@pytest.mark.parametrize("fused", [None, False])
+def test_any_step_that_fails_tells_nothing(fused: bool | None, mode: Any, how: str) -> None:
+    optimizer = stepped([(5,), (6,)], max_grad_norm=1.0, fused=fused)
+    with mode():
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        put_back = failing(optimizer, how)
+        with pytest.raises((RuntimeError, ValueError, ZeroDivisionError)):
+            optimizer.step()
+        assert optimizer.grad_norm is None
+        assert optimizer.trust_ratios() == []
+        put_back()
+        optimizer.step()
+        assert len(optimizer.trust_ratios()) == 2
+
+
+def test_a_closure_that_fails() -> None:
+    optimizer = stepped([(5,)], max_grad_norm=1.0)
+
+    def closure() -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    assert optimizer.grad_norm is None
+    assert optimizer.trust_ratios() == []
+
+
+@pytest.mark.parametrize("kind", [FusedSGD, FusedLARS])
+def test_totals_of_a_step_in_a_mode_are_not_those_of_a_later_one(kind: type[FusedSGD]) -> None:
+    """That is left to the reference in part, and knows its norms from elsewhere, or needs none."""
+    params = make_params([(5,), (6,)])
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "fused": False}]
+    optimizer = kind(groups, lr=0.1, max_grad_norm=None if kind is FusedLARS else 1.0)
+    set_grads(params, seed=0)
+    with Nothing():
+        optimizer.step()
+    assert optimizer.grad_norm is not None
+    for group in optimizer.param_groups:
+        group["max_grad_norm"] = None
+    for p in params:
+        p.grad.mul_(100)
+    optimizer.step()
+    if kind is FusedSGD:
+        assert optimizer.grad_norm is None
+    else:
+        expected = torch.cat([p.grad.double() for p in params]).norm()
+        torch.testing.assert_close(optimizer.grad_norm, expected)
+
+
+def test_what_is_told_is_a_copy() -> None:
+    for fused in (True, False):
+        optimizer = stepped([(5,)], max_grad_norm=1.0, fused=fused)
+        before = told(optimizer)
+        optimizer.grad_norm.zero_()
+        for tensor in optimizer.trust_ratios()[0][2:]:
+            tensor.zero_()
+        assert told(optimizer) == before
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Nothing])
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_scaler_that_has_looked_is_believed(fused: bool | None, mode: Any) -> None:
+    """skip_nonfinite takes no pass of its own then, on any path."""
+    (p,) = make_params([(5,)])
+    optimizer = FusedSGD([p], lr=0.1, skip_nonfinite=True, fused=fused)
+    set_grads([p], seed=0)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0, device="cpu"), torch.tensor(2.0, device="cpu")
+    with mode():
+        optimizer.step()
+    assert optimizer.grad_norm is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_norms_of_nothing_but_empty_parameters(fused: bool) -> None:
+    optimizer = stepped([(0,)], fused=fused)
+    assert told(optimizer) == [[0.0]]

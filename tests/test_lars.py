@@ -157,6 +157,50 @@ def test_a_state_that_another_optimizer_left(fused: bool | None) -> None:
     lars.step()
 
 
+@pytest.mark.parametrize("lr", [0, 0.0, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_learning_rate_of_zero(fused: bool, lr: float) -> None:
+    """An integer, too, as schedules return it; trust_clip divides by it."""
+    (p,) = make_params([(5,)])
+    before = p.detach().clone()
+    set_grads([p], seed=0)
+    optimizer = FusedLARS([p], lr=lr, momentum=0.9, weight_decay=0.1, trust_clip=True, fused=fused)
+    optimizer.step()
+    assert same_bits(p, before)
+    assert optimizer.trust_ratios()[0].ratio == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_options_that_are_tensors_on_the_cpu(fused: bool) -> None:
+    """They are read at the step, and told as they were."""
+    (p,), (q,) = make_params([(5,)]), make_params([(5,)])
+    set_grads([p], [q], seed=0)
+    numbers = {"trust_coeff": 0.25, "eps": 0.5}
+    tensors = {key: torch.tensor(value, device="cpu") for key, value in numbers.items()}
+    mine = FusedLARS([p], lr=0.1, weight_decay=0.1, trust_clip=True, fused=fused, **tensors)
+    theirs = FusedLARS([q], lr=0.1, weight_decay=0.1, trust_clip=True, fused=fused, **numbers)
+    mine.step()
+    theirs.step()
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert same_bits(p, q)
+    assert mine.trust_ratios()[0].ratio == theirs.trust_ratios()[0].ratio
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_of_lars_leaves_nothing_of_it_in_sgd(fused: bool) -> None:
+    (p,), (q,) = make_params([(5,)]), make_params([(5,)])
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    set_grads([p], [q], seed=0)
+    lars = FusedLARS(make_params([(5,)]), lr_in_momentum=True, **options)
+    mine, theirs = FusedSGD([p], fused=fused, **options), torch.optim.SGD([q], **options)
+    mine.load_state_dict(lars.state_dict())
+    for _ in range(3):
+        mine.step()
+        theirs.step()
+    assert same_bits(p, q)
+
+
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +285,17 @@ def test_trust_coeff_in_a_group_of_fused_sgd() -> None:
     params = make_params([(3,)])
     with pytest.raises(ValueError, match=r"`trust_coeff` is an option of FusedLARS \(param group 0\)"):
         FusedSGD([{"params": params, "trust_coeff": 0.1}])
+
+
+@pytest.mark.parametrize("key", ["trust_coeff", "eps"])
+@pytest.mark.parametrize("value", [None, "0.1"])
+def test_a_coefficient_that_is_no_number(key: str, value: Any) -> None:
+    params = make_params([(5,)])
+    with pytest.raises(TypeError, match=f"{key} must be a number, and is {value!r}"):
+        FusedLARS(params, lr=0.1, **{key: value})
+    optimizer = FusedLARS(params, lr=0.1)
+    with pytest.raises(TypeError, match=rf"{key} must be a number, and is {value!r} \(param group 1\)"):
+        optimizer.add_param_group({"params": make_params([(3,)]), key: value})
 
 
 # --- param_groups() ---------------------------------------------------------------------------------------------------

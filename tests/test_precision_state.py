@@ -338,3 +338,38 @@ def test_int8_of_a_parameter_that_becomes_channels_last() -> None:
     with pytest.warns(UserWarning, match=INT8_TO_FP32):
         mine.step()
     torch.testing.assert_close(mine.state[p]["momentum_buffer"], before * 0.9)
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_complex_buffer_keeps_its_imaginary_part(fused: bool | None, momentum: float) -> None:
+    """momentum_dtype is for real parameters: what is there waits, also while there is no momentum."""
+    (p,) = make_params([(5,)], torch.complex64)
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9, fused=fused)
+    set_grads([p], seed=0)
+    optimizer.step()
+    before = optimizer.state[p]["momentum_buffer"].clone()
+    saved = optimizer.state_dict()
+    other = FusedSGD([p], lr=0.1, momentum=momentum, momentum_dtype=torch.bfloat16, fused=fused)
+    other.load_state_dict(saved)
+    assert same_bits(other.state[p]["momentum_buffer"], before)
+    optimizer.param_groups[0].update(momentum=0, momentum_dtype=torch.bfloat16)
+    optimizer.step()
+    assert same_bits(optimizer.state[p]["momentum_buffer"], before)
+    optimizer.param_groups[0].update(momentum=0.9, momentum_dtype=None)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_momentum_in_another_format_waits_for_momentum(fused: bool) -> None:
+    (p,) = make_params([(2, 64)])
+    optimizer = FusedSGD([p], lr=0.1, momentum=0.9, fused=fused)
+    set_grads([p], seed=0)
+    optimizer.step()
+    optimizer.param_groups[0].update(momentum=0, momentum_dtype=torch.int8)
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.warns(UserWarning, match="converted momentum from torch.float32 to int8 blocks"):
+        optimizer.step()
+    assert optimizer.state[p]["momentum_codes"].dtype == torch.int8

@@ -164,8 +164,6 @@ void GroupReader::parse_numbers() {
   if (weight_decay_device_ == kNoDevice) group.weight_decay = number(kWeightDecay);
   group.momentum = number(kMomentum);
   group.dampening = number(kDampening);
-  // An integer 0 has no sign: -lr is +0.0 then, as in Python.
-  if (group.lr == 0 && PyLong_Check(seen_[kLr].get())) group.lr = -0.0;
   group.nesterov = as_bool(seen_[kNesterov].get());
   group.maximize = as_bool(seen_[kMaximize].get());
   group.decoupled_weight_decay = as_bool(seen_[kDecoupledWeightDecay].get());
@@ -188,6 +186,8 @@ void GroupReader::parse_numbers() {
     group.trust_eps = number(kEps);
     in_range(kDecoupledWeightDecay, 0, group.decoupled_weight_decay == 0);
   }
+  // An integer 0 has no sign: -lr is +0.0 then, as in Python. (But trust_clip divides by lr.)
+  if (group.lr == 0 && group.lars == 0 && PyLong_Check(seen_[kLr].get())) group.lr = -0.0;
   group_ = group;
 }
 
@@ -204,13 +204,14 @@ Group GroupReader::values_for(c10::Device device) const {
 }
 
 py::dict GroupReader::trust_options() const {
+  const auto tensor = [&](Key key) { return py::reinterpret_borrow<py::object>(seen_[key].get()); };
   py::dict options;
-  for (const Key key : {kLr, kWeightDecay, kTrustCoeff, kEps, kTrustClip, kAlwaysAdapt}) {
-    options[kKeyNames[key]] = py::reinterpret_borrow<py::object>(seen_[key].get());
-  }
-  // Tensors on the CPU may have been written since.
-  if (lr_device_ == kNoDevice) options[kKeyNames[kLr]] = group_.lr;
-  if (weight_decay_device_ == kNoDevice) options[kKeyNames[kWeightDecay]] = group_.weight_decay;
+  options["lr"] = lr_device_ == kNoDevice ? py::float_(group_.lr) : tensor(kLr);
+  options["weight_decay"] = weight_decay_device_ == kNoDevice ? py::float_(group_.weight_decay) : tensor(kWeightDecay);
+  options["trust_coeff"] = group_.trust_coeff;
+  options["eps"] = group_.trust_eps;
+  options["trust_clip"] = (group_.lars & kTrustClipped) != 0;
+  options["always_adapt"] = (group_.lars & kAdaptAlways) != 0;
   return options;
 }
 

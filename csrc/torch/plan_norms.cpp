@@ -148,7 +148,9 @@ py::list Plan::row_squares() const {
     if (a.row == nullptr) continue;
     const auto [group, index] = a.entry->where;
     const std::size_t target = a.entry->target;
-    list.append(py::make_tuple(group, index, squares[target][rows[target]++], max_grad_norm_, options[group]));
+    const at::Tensor found = squares[target][rows[target]++];
+    if ((groups_[group].reader.values().lars & kLars) == 0) continue;
+    list.append(py::make_tuple(group, index, found, max_grad_norm_, options[group]));
   }
   return list;
 }
