@@ -19,7 +19,7 @@ class Row(NamedTuple):
     path: str
     reason: str
     parameters: int
-    names: tuple[str, ...]  # of the first few
+    names: tuple[str, ...]  # of all of them
 
 
 class Explanation(list[Row]):
@@ -28,7 +28,7 @@ class Explanation(list[Row]):
     def __str__(self) -> str:
         cells = [[*map(str, Row._fields)]]
         for row in self:
-            names = ", ".join(row.names) + (", …" if row.parameters > len(row.names) else "")
+            names = ", ".join(row.names[:_SHOWN_NAMES]) + (", …" if row.parameters > _SHOWN_NAMES else "")
             cells.append([*map(str, row[:-1]), names])
         widths = [max(len(line[column]) for line in cells) for column in range(len(Row._fields))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
@@ -52,9 +52,7 @@ def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
                 reason = f"provisional: no gradient yet{'; ' if reason else ''}{reason}"
             key = (number, str(param.device), _dtypes(group, param, kept.get("momentum_buffer")), path, reason)
             members.setdefault(key, []).append(names[index] if names else f"parameter {index}")
-    return Explanation(
-        Row(*key, parameters=len(found), names=tuple(found[:_SHOWN_NAMES])) for key, found in members.items()
-    )
+    return Explanation(Row(*key, parameters=len(found), names=tuple(found)) for key, found in members.items())
 
 
 def _dtypes(options: Group, param: Tensor, buffer: Tensor | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from fused_sgd._dtensor import dtensor, local
 from fused_sgd._hyperparameters import check_foreach, too_large
 from fused_sgd._native import C, why_missing
-from fused_sgd._precision import Group, format_name, scale_shape, storage, unsound_options
+from fused_sgd._precision import STATE_DTYPES, Group, format_name, scale_shape, storage, unsound_options
 from torch import Tensor
 
 
@@ -202,7 +202,7 @@ def unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
     if key == "momentum_buffer":
         if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_complex() != param.is_complex():
             return f"its {key} has a dtype that cannot hold it ({describe(tensor)})"
-    elif tensor.dtype != (dtype := _DTYPES.get(key, average_dtype(param.dtype))):
+    elif tensor.dtype != (dtype := STATE_DTYPES.get(key, average_dtype(param.dtype))):
         return f"its {key} must be {dtype} ({describe(tensor)})"
     if key not in _ELEMENTWISE and not local(tensor).is_contiguous():
         return f"its {key} is not contiguous ({describe(tensor)})"
@@ -211,15 +211,6 @@ def unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
     if _shares_elements(tensor):
         return f"elements of its {key} share memory ({describe(tensor)})"
     return ""
-
-
-_DTYPES = {
-    "master": torch.float32,
-    "remainder": torch.int16,
-    "rounding": torch.int64,
-    "momentum_codes": torch.int8,
-    "momentum_scale": torch.float32,
-}
 
 
 def _shares_elements(tensor: Tensor) -> bool:

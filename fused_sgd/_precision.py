@@ -39,6 +39,15 @@ _NAMES = {  # the kernels' formats
 }
 
 
+STATE_DTYPES = {
+    "master": torch.float32,
+    "remainder": torch.int16,
+    "rounding": torch.int64,
+    "momentum_codes": torch.int8,
+    "momentum_scale": torch.float32,
+}
+
+
 class Storage(NamedTuple):
     """How one parameter and what belongs to it are kept."""
 
@@ -196,11 +205,29 @@ def convert(options: Group, param: Tensor, kept: dict[str, Any], masters: bool =
         masters: whether master weights, too. What they become depends on the parameter's value.
 
     Returns:
-        What was converted, in words; empty where nothing had to be.
+        What was done, in words; empty where nothing had to be.
     """
     wanted = storage(options, param)
     said = _convert_momentum(options, param, kept, wanted)
     return said + _convert_master(param, kept, wanted) if masters else said
+
+
+def drop_cast(kept: dict[str, Any]) -> list[str]:
+    """Drops from a parameter's state, in place, what another optimizer has cast to the parameter's dtype.
+
+    torch.optim.SGD does so with all that it loads, and saves it again as it was then, beside the momentum that it goes
+    on with itself: the bits have lost their meaning, and the values are old.
+
+    Returns:
+        What was dropped, in words.
+    """
+    tensors = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+    cast = [key for key, tensor in tensors.items() if tensor.dtype != STATE_DTYPES.get(key, tensor.dtype)]
+    if "ema" in tensors and tensors["ema"].dtype in _NARROW:
+        cast.append("ema")
+    if "momentum_codes" in cast:
+        cast.append("momentum_scale")
+    return [f"dropped {key}, which another optimizer has cast" for key in cast if kept.pop(key, None) is not None]
 
 
 def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wanted: Storage) -> list[str]:
@@ -213,7 +240,7 @@ def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wante
             return []
         kept["momentum_buffer"] = cast_buffer(from_blocks(param, codes, scale), target)
         del kept["momentum_codes"], kept["momentum_scale"]
-        return [f"momentum from int8 blocks to {target}"]
+        return [f"converted momentum from int8 blocks to {target}"]
     if not isinstance(buffer, Tensor) or not (buffer.is_floating_point() or buffer.is_complex()):
         return []
     if target == torch.int8:
@@ -221,14 +248,14 @@ def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wante
             return []
         kept["momentum_codes"], kept["momentum_scale"] = to_blocks(param, buffer)
         del kept["momentum_buffer"]
-        return [f"momentum from {buffer.dtype} to int8 blocks"]
+        return [f"converted momentum from {buffer.dtype} to int8 blocks"]
     # Unless asked for another dtype, a buffer that is wider than a narrow parameter stays so.
     is_wider = param.dtype in _NARROW and buffer.dtype == torch.float32 and options["momentum_dtype"] is None
     same_kind = buffer.is_complex() == param.is_complex() == target.is_complex
     if buffer.dtype == target or is_wider or not same_kind:
         return []
     kept["momentum_buffer"] = cast_buffer(buffer, target)
-    return [f"momentum from {buffer.dtype} to {target}"]
+    return [f"converted momentum from {buffer.dtype} to {target}"]
 
 
 def _convert_master(param: Tensor, kept: dict[str, Any], wanted: Storage) -> list[str]:
@@ -240,12 +267,12 @@ def _convert_master(param: Tensor, kept: dict[str, Any], wanted: Storage) -> lis
             high, low = split_round(local(master))
             same = high == local(param.detach())
             kept["remainder"] = placed_like(param, torch.where(same, low, 0).to(torch.int16))
-            return ["master weights from float32 to a 16-bit remainder"]
-        said.append("master weights dropped")
+            return ["converted master weights from float32 to a 16-bit remainder"]
+        said.append("dropped master weights")
     if isinstance(remainder, Tensor) and wanted.beside != "remainder":
         del kept["remainder"]
         if wanted.beside == "master" and master is None:
             kept["master"] = placed_like(param, split_join(local(param.detach()), local(remainder)))
-            return ["master weights from a 16-bit remainder to float32"]
-        said.append("master weights dropped")
+            return ["converted master weights from a 16-bit remainder to float32"]
+        said.append("dropped master weights")
     return said

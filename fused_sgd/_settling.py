@@ -12,7 +12,7 @@ from fused_sgd._judge import gradient, judge, place, state_tensor, too_large_mes
 from fused_sgd._native import C
 from fused_sgd._new_state import new_state
 from fused_sgd._norms import Found, Reduce, TrustRatio, squares
-from fused_sgd._precision import convert, refresh_master
+from fused_sgd._precision import convert, drop_cast, refresh_master
 from fused_sgd._state import State
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -236,6 +236,7 @@ class Settling(Optimizer):
                 kept = self.state.get(param)
                 if isinstance(kept, dict):
                     # Master weights wait for the next step: the model may be loaded after its optimizer.
+                    said += drop_cast(kept)
                     said += convert(options, param, kept, masters=False)
         self._say_converted(said)
 
@@ -243,4 +244,4 @@ class Settling(Optimizer):
     def _say_converted(said: list[str]) -> None:
         for what, count in Counter(said).items():
             parameters = "parameter" if count == 1 else "parameters"
-            warnings.warn(f"fused_sgd: converted {what}, of {count} {parameters}", stacklevel=4)
+            warnings.warn(f"fused_sgd: {what}, of {count} {parameters}", stacklevel=4)

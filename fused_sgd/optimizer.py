@@ -84,7 +84,7 @@ class FusedSGD(Settling):
         norm_process_group: where parameters are plain tensors and each a shard, the processes over which norms and
             the decision to skip are taken. (DTensors need none.)
 
-    ``max_grad_norm`` and ``skip_nonfinite`` hold for the whole optimizer. Together with ``fused=True`` they make a
+    ``max_grad_norm`` and ``skip_nonfinite`` hold for the whole optimizer. Each of them, like ``fused=True``, makes a
     :class:`torch.amp.GradScaler` leave unscaling to the step, since norms are of unscaled gradients.
 
     Raises:
@@ -282,7 +282,10 @@ class FusedSGD(Settling):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps ``skip_nonfinite`` skipped; asking waits for the GPU. Not part of a checkpoint."""
+        """How many steps ``skip_nonfinite`` skipped, and no GradScaler; asking waits for the GPU.
+
+        Not part of a checkpoint.
+        """
         on_gpus = [] if self._plan is None else self._plan.skipped_steps()
         return self._skipped + sum(int(count) for count in on_gpus)
 
@@ -290,16 +293,19 @@ class FusedSGD(Settling):
     def swap_ema(self) -> Iterator[None]:
         """Puts the averages into the parameters, in place; afterwards the parameters are what they were, to the bit.
 
-        For evaluation: ``with optimizer.swap_ema(): evaluate(model)``. Parameters that have no average yet keep their
-        values. Takes as much more memory as the parameters.
+        For evaluation: ``with optimizer.swap_ema(): evaluate(model)``. Parameters that have no average yet, and those
+        of groups without ``ema_decay``, keep their values. Takes as much more memory as the parameters.
 
         Raises:
-            RuntimeError: inside it, for another ``swap_ema()``, ``step()``, ``state_dict()``, ``load_state_dict()``,
-                ``refresh_master_weights()`` and copies of the optimizer.
+            RuntimeError: no param group has an ``ema_decay``; and inside it, for another ``swap_ema()``, ``step()``,
+                ``state_dict()``, ``load_state_dict()``, ``refresh_master_weights()`` and copies of the optimizer.
         """
         self._refuse_averages("swap_ema()")
+        averaging = [options for options in self.param_groups if options["ema_decay"] is not None]
+        if not averaging:
+            raise RuntimeError("swap_ema() needs averages, which the option `ema_decay` keeps")
         averaged = []
-        for options in self.param_groups:
+        for options in averaging:
             for param in options["params"]:
                 average = state_tensor(self.state, param, "ema")
                 if average is not None:
@@ -353,8 +359,10 @@ class FusedSGD(Settling):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like :meth:`torch.optim.Optimizer.load_state_dict`, but for options that decide how a step is done.
 
-        Those stay this optimizer's own. What was saved in another format than they ask for is converted, and a warning
-        says what: momentum now, master weights with the next step, when the model must have been loaded, too.
+        Those stay this optimizer's own: ``fused``, ``foreach``, ``differentiable``, ``momentum_dtype``,
+        ``master_weights``, ``stochastic_rounding`` and ``ema_decay``. What was saved in another format than they ask
+        for is converted, and a warning says what: momentum now, master weights with the next step, when the model must
+        have been loaded, too. What another optimizer has cast on the way is dropped, with a warning.
         """
         self._refuse_averages("load_state_dict()")
         handle = self.register_load_state_dict_pre_hook(lambda _, state: as_saved(state))

@@ -112,9 +112,14 @@ def test_swap_ema_without_averages(fused: bool) -> None:
     with optimizer.swap_ema():
         assert all(same_bits(p, q) for p, q in zip(params, after, strict=True))
     off = FusedSGD(params, lr=0.1, fused=fused)
+    off.load_state_dict(optimizer.state_dict())  # with averages, which nobody goes on with
     off.step()
-    with off.swap_ema():
-        pass
+    with pytest.raises(RuntimeError, match=r"swap_ema\(\) needs averages, which the option `ema_decay` keeps"):
+        off.swap_ema().__enter__()
+    some = FusedSGD([{"params": params[:1], "ema_decay": 0.9}, {"params": params[1:]}], lr=0.1, fused=fused)
+    some.step()
+    with some.swap_ema():
+        assert same_bits(params[0], some.state[params[0]]["ema"])
 
 
 def test_backward_through_a_graph_from_before_the_swap_raises() -> None:

@@ -200,7 +200,7 @@ def test_explain_before_and_after_gradients(device: str) -> None:
     (row,) = optimizer.explain()
     assert row[:4] == (0, str(model[0].weight.device), "bfloat16", "kernel")
     assert row.reason.startswith("provisional")
-    assert (row.parameters, row.names) == (4, ("0.weight", "0.bias", "1.weight"))
+    assert (row.parameters, row.names) == (4, ("0.weight", "0.bias", "1.weight", "1.bias"))
     model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
     (row,) = optimizer.explain()
     assert row.reason == ""
