@@ -35,7 +35,12 @@ SITE = WORK / "site"  # where the package is built into
 RESULTS = WORK / "benchmark"
 
 # The benchmarks, from a folder where both `fused_sgd` (built) and the checkout can be imported.
-BENCHMARKS = (("step", "--quick"), ("precision", "--quick", "--shapes=one100m,resnet50"))
+BENCHMARKS = (
+    ("step", "--quick"),
+    ("around", "--quick", "--shapes=resnet50,one100m"),
+    ("precision", "--quick", "--shapes=one100m,resnet50"),
+    ("training", "--quick"),
+)
 
 MODULES = ("torch", "pytest", "hypothesis", "numpy")
 OPTIONAL_MODULES = ("xdist", "expecttest", "rich", "sklearn", "matplotlib")
@@ -316,7 +321,10 @@ def sanitizer(tool: str) -> Callable[[Check, dict[str, Any]], str]:
 
 
 def benchmark(check: Check, details: dict[str, Any]) -> str:
-    """The speed of one step, beside other implementations and in each storage mode. Its files are kept in the JSON."""
+    """The speed of one step: beside other implementations, with what surrounds it, in each storage mode, in training.
+
+    The files are kept in the JSON.
+    """
     require_build()
     shutil.rmtree(RESULTS, ignore_errors=True)
     RESULTS.mkdir(parents=True)
