@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
-from fused_sgd._checkpoint import Shared, as_saved, unpack, without_unset_momentum
+from fused_sgd._checkpoint import OFF, PATH_KEYS, STORAGE_KEYS, Shared, as_saved, unpack, without_unset_momentum
 from fused_sgd._explain import Explanation, explain
 from fused_sgd._hooks import with_hooks
 from fused_sgd._hyperparameters import (
@@ -27,20 +27,6 @@ from fused_sgd._state import State
 from fused_sgd.reference import is_unset
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-
-# What decides HOW a group is stepped belongs to the running optimizer, not to a checkpoint.
-_STORAGE_KEYS = ("momentum_dtype", "master_weights", "stochastic_rounding")
-_PATH_KEYS = ("fused", "foreach", "differentiable", "ema_decay", *_STORAGE_KEYS)
-# Keys that torch.optim.SGD does not have, and what they are when they are off: a checkpoint then goes without them.
-_OFF = {
-    "decoupled_weight_decay": False,
-    "max_grad_norm": None,
-    "skip_nonfinite": False,
-    "momentum_dtype": None,
-    "master_weights": None,
-    "stochastic_rounding": False,
-    "ema_decay": None,
-}
 
 
 class FusedSGD(Settling):
@@ -348,7 +334,7 @@ class FusedSGD(Settling):
         self._refuse_averages("state_dict()")
         state: dict[str, Any] = super().state_dict()
         for group in state["param_groups"]:
-            for key, off in _OFF.items():
+            for key, off in OFF.items():
                 if key in group and (group[key] is off or group[key] == off):
                     del group[key]
             for number in group["params"]:
@@ -380,15 +366,15 @@ class FusedSGD(Settling):
         # Called for a copy or a pickle (with defaults), and by load_state_dict (without).
         running = [] if "defaults" in state else self.param_groups
         super().__setstate__(state)
-        for key in _STORAGE_KEYS:
-            self.defaults.setdefault(key, _OFF[key])  # a pickle may be older than they are
+        for key in STORAGE_KEYS:
+            self.defaults.setdefault(key, OFF[key])  # a pickle may be older than they are
         unpack(self.state)
         for number, group in enumerate(self.param_groups):
             if "trust_coeff" not in self.defaults:
                 group.pop("trust_coeff", None)  # of a FusedLARS; this one stays what it is
             kept = running[number] if running else self.defaults
             for key in self.defaults:
-                if key in _PATH_KEYS and running:
+                if key in PATH_KEYS and running:
                     group[key] = kept[key]
                 else:
                     group.setdefault(key, kept[key])

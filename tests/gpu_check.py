@@ -23,11 +23,12 @@ import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from gpu_stages import Stage, count, table
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu-check"
@@ -47,17 +48,6 @@ OPTIONAL_MODULES = ("xdist", "expecttest", "rich", "sklearn", "matplotlib")
 TOOLS = ("cmake", "ninja", "c++", "nvcc", "compute-sanitizer", "nvidia-smi")
 OLDEST_TORCH = (2, 11)
 TAIL = 40  # lines of a failed stage's output to show
-
-
-@dataclasses.dataclass
-class Stage:
-    """One line of the table."""
-
-    name: str
-    status: str = "never run"
-    seconds: float = 0.0
-    summary: str = ""
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class StageError(Exception):
@@ -140,16 +130,6 @@ class Check:
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
         }
         (self.out / "gpu-check.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def table(stages: Sequence[Stage]) -> str:
-    rows = [("stage", "status", "seconds", "")]
-    rows += [(stage.name, stage.status, f"{stage.seconds:.1f}", stage.summary) for stage in stages]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        f"{name:{widths[0]}}  {status:{widths[1]}}  {seconds:>{widths[2]}}  {summary}".rstrip()
-        for name, status, seconds, summary in rows
-    )
 
 
 def commit() -> str:
@@ -364,26 +344,6 @@ def pytest(
         "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}", *arguments, environment=environment,
     )  # fmt: skip
     return status, count(report), check.said_since(position)
-
-
-def count(report: Path) -> dict[str, Any]:
-    """What became of the tests in a JUnit report."""
-    counts: dict[str, Any] = {"passed": 0, "on_cuda": 0, "failed": 0, "skipped": 0, "failures": []}
-    if not report.exists():
-        return counts
-    for case in ElementTree.parse(report).iter("testcase"):
-        name = f"{case.get('classname', '')}::{case.get('name', '')}"
-        failure = case.find("failure") if case.find("failure") is not None else case.find("error")
-        if failure is not None:
-            counts["failed"] += 1
-            counts["failures"].append({"test": name, "message": (failure.get("message") or "")[:500]})
-        elif case.find("skipped") is not None:
-            counts["skipped"] += 1
-        else:
-            counts["passed"] += 1
-            parameters = name.partition("[")[2].rstrip("]").split("-")  # of a test in tests/cuda, or …[cuda-…]
-            counts["on_cuda"] += name.startswith("tests.cuda.") or "cuda" in parameters
-    return counts
 
 
 STAGES: dict[str, Callable[[Check, dict[str, Any]], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from fused_sgd import FusedSGD
 from torch import Tensor
 
-from support import Params, bits, same_bits
+from support import Params, bits, same_bits, set_grads
 
 SHAPES = [(33,), (3, 64), (129, 65), (2, 3, 64), (), (0,), (0, 64), (70, 128)]
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["kernel", "reference"])
@@ -88,3 +89,16 @@ class Model:
                 buffer = self.buffer(index)
                 if buffer is not None:
                     buffer.copy_(buffer.to(self.buffers).float())
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def train(optimizer: FusedSGD, params: Params, steps: range) -> None:
+    for step in steps:
+        set_grads(params, seed=step)
+        optimizer.step()

@@ -253,30 +253,6 @@ def test_a_bad_grad_scale(scale: Any, error: type[Exception]) -> None:
     assert optimizer.grad_scale is scale  # the user set it, the user keeps it
 
 
-@pytest.mark.parametrize("fused", [None, True, False])
-@pytest.mark.parametrize("key", ["lr", "momentum", "dampening", "weight_decay"])
-def test_a_number_beyond_float32(key: str, fused: bool | None) -> None:
-    """Torch, too, finds it, but when parameters before it are written already."""
-    params = [*make_params([(5,)], torch.float64), *make_params([(6,)])]
-    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, fused=fused)
-    optimizer.param_groups[0][key] = 1e300
-    set_grads(params, seed=0)
-    unchanged = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=rf"parameter 1 .*: {key} \(1e\+300\) cannot be converted to type float"):
-        optimizer.step()
-    unchanged()
-
-
-def test_a_differentiable_step_of_a_leaf() -> None:
-    params = make_params([(5,), (6,)])
-    optimizer = FusedSGD([{"params": [params[0]]}, {"params": [params[1]], "differentiable": True}], lr=0.1)
-    set_grads(params, seed=0)
-    unchanged = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=r"param group 1, parameter 0 .*differentiable=True cannot write a leaf"):
-        optimizer.step()
-    unchanged()
-
-
 @pytest.mark.parametrize("key", ["max_grad_norm", "ema_decay"])
 def test_an_option_that_is_no_number(key: str) -> None:
     with pytest.raises(TypeError, match=f"{key} must be a number, and is '0.5'"):

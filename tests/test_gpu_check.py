@@ -62,7 +62,7 @@ def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     ids=["folder", "first", "last", "cpu", "name"],
 )
 def test_counting_tests_on_a_gpu(tmp_path: Path, name: str, on_cuda: bool) -> None:
-    from gpu_check import count
+    from gpu_stages import count
 
     classname, _, test = name.partition("::")
     report = tmp_path / "report.xml"
