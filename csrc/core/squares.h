@@ -16,7 +16,8 @@ inline constexpr int kTile = 1 << kLog2Tile;  // elements
 inline constexpr int kLanes = 256;
 inline constexpr int kPairs = kTile / (2 * kLanes);
 
-FSGD_INLINE double square_pair(double first, double second) { return fma(second, second, multiply(first, first)); }
+FSGD_INLINE double square(double first) { return multiply(first, first); }
+FSGD_INLINE double add_square(double square_of_first, double second) { return fma(second, second, square_of_first); }
 
 // 1 for inf and NaN, else 0: by the exponent's bits.
 FSGD_INLINE uint32_t is_nonfinite(float x) { return (bit_cast<uint32_t>(x) & 0x7F800000u) == 0x7F800000u ? 1 : 0; }

@@ -196,38 +196,48 @@ class Loop {
   Hyperparameters<Acc> h_;
 };
 
-// The sum of squares of one tile, by the scheme of squares.h. load(i): element i of the tile, below `count`.
-// prefetch(i): element i of the tile after this one will be wanted. It is called with every 16th, in order: memory is
-// fastest when it is asked in its own order, and the lanes' order is another.
-template <class T, class Load, class Prefetch>
-double tile_squares(int count, Load load, Prefetch prefetch) {
-  constexpr int kStrip = 16;  // lanes that stay in registers while their pairs are added
-  alignas(64) double lanes[kLanes] = {};
-  if (count == kTile) {
+// The sums of squares of n whole tiles, by the scheme of squares.h. load(i): element i, from the first tile's first on.
+// prefetch(i): element i, of the n tiles after these, will be wanted.
+//
+// Memory is read in its own order, of the tiles in turn: several streams are faster than one. (A compiler that turns
+// the loops over strips and tiles around would undo it: CMakeLists.txt.)
+template <int n, class Load, class Prefetch>
+FSGD_INLINE void square_tiles(Load load, Prefetch prefetch, double* squares) {
+  constexpr int kStrip = 16;
+  alignas(64) double lanes[n][kLanes] = {}, first[n][kLanes];
+  const auto each_lane = [&](int row, auto add) {
     for (int strip = 0; strip < kLanes; strip += kStrip) {
-      double sums[kStrip] = {};
-#pragma GCC unroll 8
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const int row = pair * 2 * kLanes + strip, done = 2 * (strip * kPairs + pair * kStrip);
-        prefetch(done);
-        prefetch(done + kStrip);
-        for (int lane = 0; lane < kStrip; ++lane) {
-          const T first = load(row + lane), second = load(row + lane + kLanes);
-          sums[lane] += square_pair(static_cast<double>(first), static_cast<double>(second));
+      for (int tile = 0; tile < n; ++tile) {
+        prefetch((n + tile) * kTile + row + strip);
+        for (int lane = strip; lane < strip + kStrip; ++lane) {
+          add(first[tile][lane], lanes[tile][lane], static_cast<double>(load(tile * kTile + row + lane)));
         }
       }
-      for (int lane = 0; lane < kStrip; ++lane) lanes[strip + lane] = sums[lane];
     }
-    return fold(lanes, kLanes);
+  };
+  for (int row = 0; row < kTile; row += 2 * kLanes) {
+    each_lane(row, [](double& first, double&, double x) { first = square(x); });
+    each_lane(row + kLanes, [](double& first, double& sum, double x) { sum += add_square(first, x); });
   }
-  alignas(64) T padded[2 * kLanes];
-  for (int begin = 0; begin < count; begin += 2 * kLanes) {
-    for (int i = 0; i < 2 * kLanes; ++i) padded[i] = begin + i < count ? load(begin + i) : T(0);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += square_pair(static_cast<double>(padded[lane]), static_cast<double>(padded[lane + kLanes]));
+  for (int tile = 0; tile < n; ++tile) squares[tile] = fold(lanes[tile], kLanes);
+}
+
+// The same of one tile with `count` elements: what is missing would add nothing.
+template <class Load>
+FSGD_INLINE double square_part(int count, Load load) {
+  alignas(64) double lanes[kLanes];
+  int used = 1;
+  while (used < kLanes && used < count) used *= 2;
+  for (int lane = 0; lane < used; ++lane) lanes[lane] = 0;
+  for (int row = 0; row < count; row += 2 * kLanes) {
+    const int first = std::min(count - row, kLanes), second = std::min(count - row - first, kLanes);
+    for (int lane = 0; lane < second; ++lane) {
+      const auto x = static_cast<double>(load(row + lane)), y = static_cast<double>(load(row + kLanes + lane));
+      lanes[lane] += add_square(square(x), y);
     }
+    for (int lane = second; lane < first; ++lane) lanes[lane] += square(static_cast<double>(load(row + lane)));
   }
-  return fold(lanes, kLanes);
+  return fold(lanes, used);
 }
 
 }  // namespace

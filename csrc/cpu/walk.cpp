@@ -9,15 +9,14 @@ namespace fused_sgd::cpu {
 namespace {
 
 // The first lines of a coming row's tensors: the hardware follows a stream, but does not guess where the next begins.
-// Tiny tensors are likely there already, and of short ones the processor looks far enough ahead by itself.
+// Tiny tensors are likely there already.
 // (Always inlined: GCC takes a function that only prefetches for one without effects, and drops the call.)
 template <int kColumns>
 FSGD_INLINE void prefetch_row(const Row& row) {
   if (row.length < 128) return;
-  const int lines = row.length < 1024 ? 2 : 8;
   for (int column = 0; column < kColumns; ++column) {
     const char* data = static_cast<const char*>(row.columns()[column]);
-    for (int line = 0; line < lines; ++line) __builtin_prefetch(data + 64 * line);
+    for (int line = 0; line < 8; ++line) __builtin_prefetch(data + 64 * line);
   }
 }
 
@@ -72,38 +71,61 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
   }
 }
 
-// Where the tile after the one that begins at element `begin` lies, for tile_squares().
+constexpr int kTilesAtOnce = 4;  // streams that are read side by side
+
+// Calls elements into the cache, counted from a tile's first, of formats with one column.
 template <class F>
-auto next_tile(void* const* columns, int64_t begin) {
-  return [data = static_cast<const char*>(columns[0]) + (begin + kTile) * F::kBytes](int i) {
-    __builtin_prefetch(data + i * F::kBytes);
-  };
+struct Coming {
+  const char* data;
+  FSGD_INLINE Coming(void* const* columns, int64_t begin)
+      : data(static_cast<const char*>(columns[0]) + begin * F::kBytes) {}
+  FSGD_INLINE void operator()(int i) const {
+    if constexpr (F::kColumns == 1) __builtin_prefetch(data + i * F::kBytes);
+  }
+};
+
+// The sums of squares of some of a row's tiles: of kTilesAtOnce, which are whole, or of one.
+template <class F, class Load>
+void square_some(void* const* columns, Load load, int64_t length, int64_t first, int count, double* squares) {
+  const int64_t begin = first << kLog2Tile;
+  const Coming<F> prefetch(columns, begin);
+  const auto from_begin = [&](int i) { return load(begin + i); };
+  if (count == kTilesAtOnce) return square_tiles<kTilesAtOnce>(from_begin, prefetch, squares);
+  if (length - begin >= kTile) return square_tiles<1>(from_begin, prefetch, squares);
+  *squares = square_part(static_cast<int>(length - begin), from_begin);
 }
 
-// The sums of squares of one tile of a row.
-template <class P, class G, class M>
-bool measure_tile(const Table& table, const Row& row, int64_t tile, double* grad_squares, double* param_squares) {
+// Tiles [tile, tile_end) of a row, whose sums go to [tile]. Returns whether a gradient is not finite.
+template <class P, class G>
+bool measure_row(const Table& table, const Row& row, int64_t tile, int64_t tile_end, double* grad_squares,
+                 double* param_squares) {
   using Acc = typename P::Acc;
-  const P param(row.columns());
-  const G grad(row.columns() + P::kColumns);
-  const int64_t begin = tile << kLog2Tile;
-  const int count = static_cast<int>(row.length - begin < kTile ? row.length - begin : kTile);
-  const auto raw = [&](int i) { return static_cast<Acc>(grad.load(begin + i)); };
-  const auto next_grad = next_tile<G>(row.columns() + P::kColumns, begin);
-  if (table.scalars.grad_scale != nullptr) {
-    const Acc scale = static_cast<Acc>(*table.scalars.grad_scale);
-    *grad_squares = tile_squares<Acc>(count, [&](int i) { return divide(raw(i), scale); }, next_grad);
-  } else {
-    *grad_squares = tile_squares<Acc>(count, raw, next_grad);
-  }
-  if (param_squares != nullptr) {
-    const auto value = [&](int i) { return static_cast<Acc>(param.load(begin + i)); };
-    *param_squares = tile_squares<Acc>(count, value, next_tile<P>(row.columns(), begin));
-  }
-  // An element that is not finite makes the sum so, whatever it is divided by. So may finite ones that overflow.
-  if (is_nonfinite(*grad_squares) == 0) return false;
+  void* const* const params = row.columns();
+  void* const* const grads = params + P::kColumns;
+  const P param(params);
+  const G grad(grads);
+  const bool scaled = table.scalars.grad_scale != nullptr;
+  const Acc scale = scaled ? static_cast<Acc>(*table.scalars.grad_scale) : Acc(1);
+  const auto value = [&](int64_t i) { return static_cast<Acc>(param.load(i)); };
+  const auto raw = [&](int64_t i) { return static_cast<Acc>(grad.load(i)); };
+  const auto unscaled = [&](int64_t i) { return divide(raw(i), scale); };
   decltype(is_nonfinite(Acc())) nonfinite = 0;
-  for (int i = 0; i < count; ++i) nonfinite |= is_nonfinite(raw(i));
+  for (int count; tile < tile_end; tile += count) {
+    const int64_t after = tile + kTilesAtOnce;
+    count = after <= tile_end && after << kLog2Tile <= row.length ? kTilesAtOnce : 1;
+    if (scaled) {
+      square_some<G>(grads, unscaled, row.length, tile, count, grad_squares + tile);
+    } else {
+      square_some<G>(grads, raw, row.length, tile, count, grad_squares + tile);
+    }
+    if (param_squares != nullptr) square_some<P>(params, value, row.length, tile, count, param_squares + tile);
+    // An element that is not finite makes its sum so, whatever it is divided by. So may finite ones that overflow.
+    for (int k = 0; k < count; ++k) {
+      if (is_nonfinite(grad_squares[tile + k]) == 0) continue;
+      const int64_t begin = (tile + k) << kLog2Tile, end = std::min(begin + kTile, row.length);
+      for (int64_t i = begin; i < end; ++i) nonfinite |= is_nonfinite(raw(i));
+    }
+  }
   return nonfinite != 0;
 }
 
@@ -115,12 +137,13 @@ constexpr WalkRows kWalkRows[] = {
 #undef FSGD_WALK_ROWS
 };
 
-using MeasureTile = bool (*)(const Table&, const Row&, int64_t tile, double* grad_squares, double* param_squares);
+using MeasureRow = bool (*)(const Table&, const Row&, int64_t tile, int64_t tile_end, double* grad_squares,
+                            double* param_squares);
 
-constexpr MeasureTile kMeasureTile[] = {
-#define FSGD_MEASURE_TILE(P, G, M) measure_tile<P, G, M>,
-    FSGD_COMBINATIONS(FSGD_MEASURE_TILE)
-#undef FSGD_MEASURE_TILE
+constexpr MeasureRow kMeasureRow[] = {
+#define FSGD_MEASURE_ROW(P, G, M) measure_row<P, G>,
+    FSGD_COMBINATIONS(FSGD_MEASURE_ROW)
+#undef FSGD_MEASURE_ROW
 };
 
 }  // namespace
@@ -143,16 +166,15 @@ bool FSGD_CONCAT(measure_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, u
                                      double* param_squares) {
   bool nonfinite = false;
   const uint32_t tiles_a_chunk = 1u << (table.log2_chunk - kLog2Tile);
-  uint32_t i = chunk_begin < chunk_end ? table.find_row(chunk_begin) : 0;
-  for (uint32_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
-    while (table.row(i).chunk_end <= chunk) ++i;
+  for (uint32_t i = chunk_begin < chunk_end ? table.find_row(chunk_begin) : 0; chunk_begin < chunk_end; ++i) {
     const Row& row = table.row(i);
-    const int64_t first = int64_t{chunk - table.chunk_begin(i)} * tiles_a_chunk;
-    for (int64_t tile = first; tile < first + tiles_a_chunk && tile << kLog2Tile < row.length; ++tile) {
-      const std::size_t slot = table.first_tile(i) + static_cast<std::size_t>(tile);
-      nonfinite |= kMeasureTile[row.combination()](table, row, tile, grad_squares + slot,
-                                                   param_squares == nullptr ? nullptr : param_squares + slot);
-    }
+    const uint32_t row_begin = table.chunk_begin(i), end = std::min(chunk_end, row.chunk_end);
+    const int64_t tile = int64_t{chunk_begin - row_begin} * tiles_a_chunk;
+    const int64_t tile_end = std::min(int64_t{end - row_begin} * tiles_a_chunk, tiles_of(row));
+    const std::size_t slot = table.first_tile(i);
+    nonfinite |= kMeasureRow[row.combination()](table, row, tile, tile_end, grad_squares + slot,
+                                                param_squares == nullptr ? nullptr : param_squares + slot);
+    chunk_begin = end;
   }
   return nonfinite;
 }

@@ -64,7 +64,7 @@ FSGD_INLINE void sum_tile(BlockMemory& memory, int64_t begin, int64_t length, Lo
     load(first + kLanes, length - first - kLanes, y);
     FSGD_UNROLL
     for (int k = 0; k < kThreadLanes; ++k) {
-      memory.pairs[pair][lane + k] = square_pair(static_cast<double>(x[k]), static_cast<double>(y[k]));
+      memory.pairs[pair][lane + k] = add_square(square(static_cast<double>(x[k])), static_cast<double>(y[k]));
     }
   });
   each([&](uint32_t thread) {

@@ -170,6 +170,8 @@ class Plan {
     char* data = nullptr;  // null when it has no row in the table
 
     void call() const;
+    void call_version() const;
+    void call_version_count() const;
     bool holds(const c10::TensorImpl* now, bool writable) const;
   };
   struct WatchedState {

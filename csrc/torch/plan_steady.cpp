@@ -30,6 +30,14 @@ FSGD_INLINE void Plan::Watched::call() const {
   prefetch(storage, kLine + 1);
 }
 
+// Its version's count stands behind a pointer in the tensor. Adding to it is atomic and waits for all loads before it,
+// so neither may have to come from afar.
+FSGD_INLINE void Plan::Watched::call_version() const { prefetch(&impl->version_counter(), 1); }
+FSGD_INLINE void Plan::Watched::call_version_count() const {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*));
+  prefetch(*reinterpret_cast<char* const*>(&impl->version_counter()), 1);
+}
+
 // Whether the tensor is as the last step found it, in the same memory.
 FSGD_INLINE bool Plan::Watched::holds(const c10::TensorImpl* now, bool writable) const {
   return now == impl && print->matches(*now) && (data == nullptr || print->locate(*now, writable) == data);
@@ -161,11 +169,15 @@ bool Plan::are_steady(std::size_t begin, std::size_t end) {
 // Autograd learns what such a step wrote.
 void Plan::bump_watched() {
   const auto bump = [](const Watched& tensor) { const_cast<c10::TensorImpl*>(tensor.impl)->bump_version(); };
+  const auto each = [&](std::size_t i, auto run) {
+    run(watched_[i].param);
+    for (uint32_t k = 0; k < watched_[i].state_count; ++k) run(watched_states_[watched_[i].first_state + k].tensor);
+  };
   over_watched([&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
-      const WatchedEntry& w = watched_[i];
-      bump(w.param);
-      for (uint32_t k = 0; k < w.state_count; ++k) bump(watched_states_[w.first_state + k].tensor);
+      if (i + 2 * kAhead < end) each(i + 2 * kAhead, [](const Watched& tensor) { tensor.call_version(); });
+      if (i + kAhead < end) each(i + kAhead, [](const Watched& tensor) { tensor.call_version_count(); });
+      each(i, bump);
     }
   });
 }
