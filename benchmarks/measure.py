@@ -31,7 +31,7 @@ QUICK = Effort(min_rounds=5, max_rounds=20, seconds=0.7)
 
 _WARM_UP_STEPS = 3  # state is made, caches and plans are filled, threads are started
 _PATIENCE = 4
-_REHEARSED_SECONDS = 0.02  # shorter samples have an untimed step before them
+_REHEARSED_SECONDS = 0.02  # shorter samples have an untimed one before them
 _SAMPLE_SECONDS = 1e-3  # shorter steps are repeated until a sample takes this long
 
 
@@ -102,10 +102,10 @@ def measure(
         for done in range(1, effort.max_rounds + 1):
             shuffle(order)
             for name in order:
-                # The peer before has filled the caches. Short samples have many steps and long ones few, so the first
-                # step's misses would weigh differently on each.
+                # The peer before has filled the caches, and it takes some steps until they hold what this one needs.
+                # Few steps in a sample would be told by those, many would not: so the first sample is not counted.
                 if not seconds[name] or seconds[name][-1] * repeats[name] < _REHEARSED_SECONDS:
-                    timed[name](1)
+                    timed[name](repeats[name])
                 seconds[name].append(timed[name](repeats[name]))
             on_round(done)
             elapsed = time.perf_counter() - begin

@@ -5,11 +5,11 @@
     python -m benchmarks step --shapes gpt2 --threads 2   lists are separated by commas
 
 Every peer's result is compared with float64 before it is timed. Peers are timed in turn, round after round, in one
-process, with an untimed step before each short sample; figures are medians and quartiles, and ratios are taken round by
-round. The floor (`nothing`) is an optimizer whose step is empty. The ceilings are the same arithmetic over one flat
-array (`flat`) and a plain copy of as many bytes (`copy`). On a GPU there are four clocks: device time with a cold L2
-cache, replay of a CUDA graph with buffers in turn, host time until step() returns, and wall time. Nothing is written
-unless the whole run succeeds.
+process; figures are medians and quartiles, and ratios are taken round by round. A short sample has an untimed one
+before it, so small shapes tell what steps cost that find the caches as the last one left them. The floor (`nothing`) is
+an optimizer whose step is empty. The ceilings are the same arithmetic over one flat array (`flat`) and a plain copy of
+as many bytes (`copy`). On a GPU there are four clocks: device time with a cold L2 cache, replay of a CUDA graph with
+buffers in turn, host time until step() returns, and wall time. Nothing is written unless the whole run succeeds.
 """
 
 from __future__ import annotations
