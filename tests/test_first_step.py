@@ -110,3 +110,21 @@ def test_foreach_into_unset_buffers() -> None:
         mine.step()
         theirs.step()
         assert_same(mine, theirs, params, expected, f"at step {step}")
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(2, 3)], ids=["a buffer", "an element"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_buffer_unset_between_steady_steps_begins_anew(isa: str, dtype: torch.dtype, part: slice) -> None:
+    """Steady steps do not look for unset values, unless someone else has written a buffer."""
+    params = make_params(SHAPES, dtype)
+    expected = copies(params)
+    mine, theirs = FusedSGD(params, **OPTIONS, fused=True), FusedSGD(expected, **OPTIONS, fused=False)
+    for step in range(6):
+        set_grads(params, expected, seed=step)
+        if step == 4:
+            for optimizer, p in ((mine, params[0]), (theirs, expected[0])):
+                fill_unset(optimizer.state[p]["momentum_buffer"][part])
+        mine.step()
+        theirs.step()
+        assert_same(mine, theirs, params, expected, f"at step {step}")
+        assert not any(is_unset(mine.state[p]["momentum_buffer"]).any() for p in params)

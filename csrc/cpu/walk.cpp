@@ -31,12 +31,12 @@ void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>&
 }
 
 template <class P, class G, class M>
-WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h) {
+WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h, bool momentum_is_set) {
   if (!h.has_momentum) {
     if (is_usual(h)) return walk_elements<P, G, M, false, false, true>;
     return h.has_ema ? walk_elements<P, G, M, false, true, false> : walk_elements<P, G, M, false, false, false>;
   }
-  if (is_usual(h)) return walk_elements<P, G, M, true, false, true>;
+  if (is_usual(h) && momentum_is_set) return walk_elements<P, G, M, true, false, true>;
   return h.has_ema ? walk_elements<P, G, M, true, true, false> : walk_elements<P, G, M, true, false, false>;
 }
 
@@ -57,7 +57,7 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
       const Group& group = table.groups[row.group()];
       own_ratio = (group.lars & kLars) != 0;
       h = Hyperparameters<typename P::Acc>(group, table.scalars, i);
-      walk = choose_walk<P, G, M>(h);
+      walk = choose_walk<P, G, M>(h, table.scalars.momentum_is_set != 0);
     }
     if (row.chunk_end >= chunk_end) {  // the last row of the range, perhaps not to its end
       const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements();
