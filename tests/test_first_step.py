@@ -115,7 +115,7 @@ def test_foreach_into_unset_buffers() -> None:
 @pytest.mark.parametrize("part", [slice(None), slice(2, 3)], ids=["a buffer", "an element"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_buffer_unset_between_steady_steps_begins_anew(isa: str, dtype: torch.dtype, part: slice) -> None:
-    """Steady steps do not look for unset values, unless someone else has written a buffer."""
+    """Also where a step finds everything else as the last one left it."""
     params = make_params(SHAPES, dtype)
     expected = copies(params)
     mine, theirs = FusedSGD(params, **OPTIONS, fused=True), FusedSGD(expected, **OPTIONS, fused=False)

@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 from fused_sgd import FusedSGD
 
 from support import make_params, set_grads
@@ -110,3 +111,25 @@ def test_steps_reuse_their_memory() -> None:
     for _ in range(3):
         optimizer.step()
     assert pointers == [inner["momentum_buffer"].data_ptr() for inner in optimizer.state.values()]
+
+
+def test_a_skipped_step_leaves_no_stale_gradient(isa: str) -> None:
+    """A step that packed its tables anew and was skipped is not what the next one may compare itself with."""
+    shapes = [(5000,), (3, 5)]
+    params, expected = make_params(shapes), make_params(shapes)
+    optimizers = [
+        FusedSGD([{"params": [p]} for p in group], lr=0.1, momentum=0.9, skip_nonfinite=True, fused=fused)
+        for group, fused in ((params, True), (expected, False))
+    ]
+    finite = [torch.randn_like(p) for p in params]
+    infinite = [torch.full_like(p, torch.inf) for p in params]
+    for grads in (finite, finite, infinite, finite):
+        for optimizer, group in zip(optimizers, (params, expected), strict=True):
+            if grads is infinite:
+                optimizer.param_groups[1]["lr"] = 0.2  # another set of hyperparameters: the tables are packed anew
+            for p, grad in zip(group, grads, strict=True):
+                p.grad = grad
+            optimizer.step()
+        for mine, theirs in zip(params, expected, strict=True):
+            assert torch.equal(mine, theirs)
+    assert [optimizer.skipped_steps for optimizer in optimizers] == [1, 1]

@@ -68,7 +68,7 @@ struct Scalars {
   int64_t* skipped_steps = nullptr;     // counts them, on a GPU; a CPU's step is skipped before it begins
   uint32_t* ticket = nullptr;           // on a GPU, where steps are counted: which block is the last; 0 in between
   uint32_t skip_nonfinite = 0;
-  uint32_t momentum_is_set = 0;  // on a CPU: no momentum buffer holds an unset value
+  uint32_t unused = 0;
 };
 
 FSGD_INLINE bool skips(const Scalars& scalars) {
@@ -189,8 +189,7 @@ FSGD_INLINE double choose(bool yes, double a, double b) { return yes ? a : b; }
 
 // p: parameter, b: momentum buffer; both are read and written. The hyperparameters are the same for a whole tensor, so
 // the branches cost nothing: compilers hoist them out of the loop or turn them into selects.
-// kMayBeUnset: whether something may not have been accumulated in b yet.
-template <bool kMayBeUnset = true, class T>
+template <class T>
 FSGD_INLINE void update(const Hyperparameters<T>& h, T grad, T& p, T& b) {
   const T g = h.has_grad_scale ? divide(grad, h.grad_scale) : grad;
   T d = multiply(g, h.grad_factor);
@@ -199,7 +198,7 @@ FSGD_INLINE void update(const Hyperparameters<T>& h, T grad, T& p, T& b) {
   d = multiply(d, h.trust_ratio);
   if (h.has_momentum) {
     const T accumulated = fma(d, h.one_minus_dampening, multiply(b, h.momentum));
-    b = kMayBeUnset ? choose(is_unset(b), d, accumulated) : accumulated;
+    b = choose(is_unset(b), d, accumulated);
     d = h.nesterov ? fma(b, h.momentum, d) : b;
   }
   p = fma(d, h.neg_lr, p);

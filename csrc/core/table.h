@@ -47,6 +47,7 @@ struct Table {
   FSGD_INLINE const Row& row(uint32_t i) const {
     return *reinterpret_cast<const Row*>(rows + std::size_t{i} * row_bytes);
   }
+  FSGD_INLINE int columns() const { return static_cast<int>((row_bytes - sizeof(Row)) / sizeof(void*)); }
   FSGD_INLINE uint32_t chunk_begin(uint32_t i) const { return i == 0 ? 0 : row(i - 1).chunk_end; }
   FSGD_INLINE uint32_t chunk_count() const { return row_count == 0 ? 0 : row(row_count - 1).chunk_end; }
   FSGD_INLINE int64_t chunk_elements() const { return int64_t{1} << log2_chunk; }

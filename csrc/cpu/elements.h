@@ -12,8 +12,8 @@ namespace fused_sgd::cpu {
 namespace {
 
 // What a loop does beside the step, known when it is compiled. kMomentum and kEma decide which memory is touched;
-// kUsual keeps a division, three factors and three selects out of the usual loop, of a momentum buffer that is set,
-// which matters where conversions to 16 bits keep the processor busy.
+// kUsual keeps a division, three factors and two selects out of the usual loop, which matters where conversions to 16
+// bits keep the processor busy.
 template <bool kHasMomentum, bool kHasEma, bool kIsUsual>
 struct Kind {
   static constexpr bool kMomentum = kHasMomentum, kEma = kHasEma, kUsual = kIsUsual;
@@ -133,7 +133,7 @@ class Loop {
       load_step(param, i, p);
       load_step(grad, i, g);
       if constexpr (K::kMomentum) load_step(momentum, i, b);
-      for (int k = 0; k < kStep; ++k) update<!K::kUsual>(h_, static_cast<Acc>(g[k]), p[k], b[k]);
+      for (int k = 0; k < kStep; ++k) update(h_, static_cast<Acc>(g[k]), p[k], b[k]);
       store_step(param_out, i, p);
       if constexpr (K::kMomentum) store_step(momentum_out, i, b);
       if constexpr (K::kEma && !std::is_same_v<ParamOut, Array<Acc>>) {

@@ -11,10 +11,9 @@ namespace {
 // The first lines of a coming row's tensors: the hardware follows a stream, but does not guess where the next begins.
 // Tiny tensors are likely there already.
 // (Always inlined: GCC takes a function that only prefetches for one without effects, and drops the call.)
-template <int kColumns>
-FSGD_INLINE void prefetch_row(const Row& row) {
+FSGD_INLINE void prefetch_row(const Row& row, int columns) {
   if (row.length < 128) return;
-  for (int column = 0; column < kColumns; ++column) {
+  for (int column = 0; column < columns; ++column) {
     const char* data = static_cast<const char*>(row.columns()[column]);
     for (int line = 0; line < 8; ++line) __builtin_prefetch(data + 64 * line);
   }
@@ -31,12 +30,12 @@ void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>&
 }
 
 template <class P, class G, class M>
-WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h, bool momentum_is_set) {
+WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h) {
   if (!h.has_momentum) {
     if (is_usual(h)) return walk_elements<P, G, M, false, false, true>;
     return h.has_ema ? walk_elements<P, G, M, false, true, false> : walk_elements<P, G, M, false, false, false>;
   }
-  if (is_usual(h) && momentum_is_set) return walk_elements<P, G, M, true, false, true>;
+  if (is_usual(h)) return walk_elements<P, G, M, true, false, true>;
   return h.has_ema ? walk_elements<P, G, M, true, true, false> : walk_elements<P, G, M, true, false, false>;
 }
 
@@ -49,6 +48,8 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
   const uint32_t combination = table.row(first).combination();
   uint32_t kind = 0;
   bool own_ratio = false;
+  // Rows have no momentum column where no row has momentum.
+  const int columns = std::min(P::kColumns + G::kColumns + M::kColumns, table.columns());
   for (uint32_t i = first;; ++i, begin = 0) {
     const Row& row = table.row(i);
     if (walk == nullptr || row.kind != kind || own_ratio) {
@@ -57,7 +58,7 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
       const Group& group = table.groups[row.group()];
       own_ratio = (group.lars & kLars) != 0;
       h = Hyperparameters<typename P::Acc>(group, table.scalars, i);
-      walk = choose_walk<P, G, M>(h, table.scalars.momentum_is_set != 0);
+      walk = choose_walk<P, G, M>(h);
     }
     if (row.chunk_end >= chunk_end) {  // the last row of the range, perhaps not to its end
       const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements();
@@ -66,7 +67,7 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
     }
     // Two rows ahead: a small row is done before the next one could arrive.
     const uint32_t ahead = i + 2 < table.row_count ? i + 2 : i + 1;
-    prefetch_row<P::kColumns + G::kColumns + M::kColumns>(table.row(ahead));
+    prefetch_row(table.row(ahead), columns);
     walk(row.columns(), h, begin, row.length);
   }
 }

@@ -18,7 +18,6 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
-#include <atomic>
 
 #include "../core/table.h"
 #include "../cuda/launch.h"
@@ -173,15 +172,11 @@ class Plan {
     void call() const;
     void call_version() const;
     void call_version_count() const;
-    // How often autograd counts it as written. Inference tensors have no count.
-    bool has_version() const { return impl->version_counter().enabled(); }
-    uint32_t version() const { return has_version() ? impl->version_counter().current_version() : 0; }
     bool holds(const c10::TensorImpl* now, bool writable) const;
   };
   struct WatchedState {
     PyObject* object = nullptr;
     Watched tensor;
-    uint32_t version = 0;  // after the last step
   };
   // And of a parameter that takes part; close together, as an Entry and an Active are not. Objects are borrowed from
   // the entry, or are its state's for as long as the dict's version is this one.
@@ -205,7 +200,7 @@ class Plan {
   // plan_steady.cpp
   void watch_all();
   bool is_steady();
-  bool are_steady(std::size_t begin, std::size_t end, std::atomic<bool>& states_written);
+  bool are_steady(std::size_t begin, std::size_t end);
   bool replace_groups();
   void bump_watched();
   void over_watched(c10::function_ref<void(std::size_t begin, std::size_t end)> run);
@@ -295,9 +290,9 @@ class Plan {
   bool any_staged_ = false;
   bool any_new_ = false;
   bool any_copies_ = false;
+  bool simple_ = false;          // is_steady() can tell whether the next step is like the one that was scanned
   bool steady_ = false;          // the tables are those of a step that was done, and nothing but values may differ
   bool repeats_ = false;         // this step is such a step
-  bool states_written_ = true;   // by someone else, since a step before such a step
   bool values_changed_ = false;  // of a group's hyperparameters
   uint32_t round_ = 0;           // counts calls of step()
   bool states_known_ = true;

@@ -287,7 +287,7 @@ py::object Plan::scan() {
   for (Active& a : active_) {
     if (a.entry->length != 0) a.row = targets_[a.entry->target].packer.columns(rows[a.entry->target]++);
   }
-  steady_ = simple && elsewhere_.empty() && !any_new_;
+  simple_ = simple && elsewhere_.empty() && !any_new_;
   return py::none();
 }
 

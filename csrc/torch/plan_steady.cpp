@@ -67,7 +67,7 @@ void Plan::watch_all() {
     w.is_copy = e.is_copy;
     for (int k = 0; k < e.state_count; ++k) {
       const Watched tensor = watch(*a.states[k], e.states[k].print, a.row == nullptr ? nullptr : a.state_data[k]);
-      watched_states_.push_back({e.states[k].object, tensor, tensor.version()});
+      watched_states_.push_back({e.states[k].object, tensor});
     }
   }
 }
@@ -94,18 +94,17 @@ bool Plan::is_steady() {
     const at::Tensor* grad = gradient_of(THPVariable_Unpack(entry->param.get()));
     if (grad != nullptr && grad->defined()) return false;
   }
-  std::atomic<bool> all_hold = true, states_written = false;
+  std::atomic<bool> all_hold = true;
   over_watched([&](std::size_t begin, std::size_t end) {
-    if (!are_steady(begin, end, states_written)) all_hold = false;
+    if (!are_steady(begin, end)) all_hold = false;
   });
   if (!all_hold) return false;
-  states_written_ = states_written;
   any_new_ = grads_moved_ = false;
   return steady_ = repeats_ = true;
 }
 
 // The same for some of watched_.
-bool Plan::are_steady(std::size_t begin, std::size_t end, std::atomic<bool>& states_written) {
+bool Plan::are_steady(std::size_t begin, std::size_t end) {
   for (std::size_t i = begin; i < end; ++i) {
     if (i + kAhead < end) {
       const WatchedEntry& next = watched_[i + kAhead];
@@ -119,10 +118,6 @@ bool Plan::are_steady(std::size_t begin, std::size_t end, std::atomic<bool>& sta
         prefetch(state.object, kLine);
         state.tensor.call();
       }
-    }
-    if (i + kAhead / 2 < end) {
-      const WatchedEntry& next = watched_[i + kAhead / 2];
-      for (uint32_t k = 0; k < next.state_count; ++k) watched_states_[next.first_state + k].tensor.call_version_count();
     }
     WatchedEntry& w = watched_[i];
     const at::Tensor& param = THPVariable_Unpack(w.param_object);
@@ -150,11 +145,7 @@ bool Plan::are_steady(std::size_t begin, std::size_t end, std::atomic<bool>& sta
       if (!THPVariable_CheckExact(states[k].object)) return false;
       const c10::TensorImpl* now = THPVariable_Unpack(states[k].object).unsafeGetTensorImpl();
       if (!states[k].tensor.holds(now, true)) return false;
-      if (w.device_index >= 0) {
-        if (now->device().index() != w.device_index) return false;
-      } else if (!states[k].tensor.has_version() || states[k].tensor.version() != states[k].version) {
-        states_written = true;  // a GPU's kernel looks for unset values anyway
-      }
+      if (w.device_index >= 0 && now->device().index() != w.device_index) return false;
     }
 
     if (w.grad_pointer == nullptr) continue;
@@ -187,10 +178,6 @@ void Plan::bump_watched() {
       if (i + 2 * kAhead < end) each(i + 2 * kAhead, [](const Watched& tensor) { tensor.call_version(); });
       if (i + kAhead < end) each(i + kAhead, [](const Watched& tensor) { tensor.call_version_count(); });
       each(i, bump);
-      for (uint32_t k = 0; k < watched_[i].state_count; ++k) {
-        WatchedState& state = watched_states_[watched_[i].first_state + k];
-        state.version = state.tensor.version();
-      }
     }
   });
 }

@@ -79,8 +79,6 @@ void Plan::walk() {
     return;
   }
   const cpu::Walk walk = cpu::instruction_set().walk;
-  // The last step wrote every element of every buffer, and nobody has written one since.
-  target.scalars.momentum_is_set = repeats_ && !states_written_;
   const auto run = [&] {
     const Table table = target.packer.table(target.scalars);
     const auto walk_rows = [&](uint32_t first, uint32_t last, int64_t elements) {
@@ -153,6 +151,7 @@ void Plan::commit() {
   }
   installed_.clear();
   written_moved_ = false;
+  steady_ = simple_;
   if (steady_) watch_all();
 }
 

@@ -202,16 +202,10 @@ int walk() {
     for (int step = 0; step < 30; ++step) {
       for (float& value : g) value = normal(generator);
       const int64_t middle = length / 2 / kBlock * kBlock;
-      const auto run = [&]<class Step>(Step) {
-        cpu::Loop<Float32, Float32, Int8Momentum<kBlock>, Step>(columns, h).run(0, middle);
-        cpu::Loop<Float32, Float32, Int8Momentum<kBlock>, Step>(columns, h).run(middle, length);
-        cpu::Loop<Float32, Float32, Float32, Step>(exact_columns, h).run(0, length);
-      };
-      if (step == 0) {
-        run(cpu::Kind<true, false, false>());  // which looks for what is unset
-      } else {
-        run(cpu::Kind<true, false, true>());
-      }
+      using Step = cpu::Kind<true, false, true>;
+      cpu::Loop<Float32, Float32, Int8Momentum<kBlock>, Step>(columns, h).run(0, middle);
+      cpu::Loop<Float32, Float32, Int8Momentum<kBlock>, Step>(columns, h).run(middle, length);
+      cpu::Loop<Float32, Float32, Float32, Step>(exact_columns, h).run(0, length);
       const float scale = *std::max_element(b.scales.begin(), b.scales.end());
       bound = 0.9 * bound + 0.51 * scale;
       for (int64_t i = 0; i < length; ++i) CHECK(std::fabs(b.format().load(i) - exact_b[i]) <= bound);
