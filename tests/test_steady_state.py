@@ -31,19 +31,22 @@ def steady(count: int, groups: bool = False) -> FusedSGD:
 @pytest.mark.parametrize("groups", [False, True])
 def test_no_python_object_per_tensor(groups: bool) -> None:
     def objects_made(count: int) -> tuple[int, int]:
+        """Bytes at the peak and blocks kept, of the step with the fewest: a test runner's threads allocate too."""
         optimizer = steady(count, groups)
+        steps = []
         gc.collect()
         gc.disable()
         tracemalloc.start()
-        before = sys.getallocatedblocks()
-        tracemalloc.reset_peak()
-        start = tracemalloc.get_traced_memory()[0]
-        optimizer.step()
-        peak = tracemalloc.get_traced_memory()[1] - start
-        after = sys.getallocatedblocks()
+        for _ in range(10):
+            before = sys.getallocatedblocks()
+            tracemalloc.reset_peak()
+            start = tracemalloc.get_traced_memory()[0]
+            optimizer.step()
+            peak = tracemalloc.get_traced_memory()[1] - start
+            steps.append((peak, sys.getallocatedblocks() - before))
         tracemalloc.stop()
         gc.enable()
-        return peak, after - before
+        return min(peak for peak, _ in steps), min(kept for _, kept in steps)
 
     few, many = objects_made(2), objects_made(500)
     assert many[0] <= few[0] + 64, "Python memory grows with the number of tensors"
