@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 CACHES = 4  # a working set beyond so many last-level caches lives in memory
+# The objects of so many tensors (parameter, gradient, momentum buffer) take 2 MB or less, which stay in a cache between
+# steps. Beyond, an extra tensor costs what it takes to fetch them, and the curve is no line.
+MANY_TENSORS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,13 @@ def curve(rows: Iterable[Mapping[str, Any]], name: str, peer: str, clock: str) -
     return sorted(found, key=lambda row: float(row["x"]))
 
 
-def cost_per_tensor(rows: Iterable[Mapping[str, Any]], peer: str, clock: str) -> Line | None:
-    """Seconds against the number of tensors, at equal bytes."""
-    points = curve(rows, "tensors", peer, clock)
+def cost_per_tensor(rows: Iterable[Mapping[str, Any]], peer: str, clock: str, many: bool = False) -> Line | None:
+    """Seconds against the number of tensors, at equal bytes: up to MANY_TENSORS, or from there on."""
+    points = [
+        row
+        for row in curve(rows, "tensors", peer, clock)
+        if (row["x"] >= MANY_TENSORS if many else row["x"] <= MANY_TENSORS)
+    ]
     return fit_line([row["x"] for row in points], [row["microseconds"]["median"] * 1e-6 for row in points])
 
 
@@ -67,12 +74,13 @@ def sentences(rows: Sequence[Mapping[str, Any]], clock: str, cache_bytes: int | 
     said = []
     peers = dict.fromkeys(row["peer"] for row in rows if row["role"] != "floor")
     for peer in peers:
-        line = cost_per_tensor(rows, peer, clock)
-        if line is not None:
-            said.append(
-                f"{peer}: {line.slope * 1e9:.1f} ns per extra tensor ({clock} time, {line.points} points, worst"
-                f" {line.worst:.0%} off the line)"
-            )
+        for many, where in ((False, "up to"), (True, "beyond")):
+            line = cost_per_tensor(rows, peer, clock, many)
+            if line is not None:
+                said.append(
+                    f"{peer}: {line.slope * 1e9:.1f} ns per extra tensor {where} {MANY_TENSORS} ({clock} time,"
+                    f" {line.points} points, worst {line.worst:.0%} off the line)"
+                )
     for peer in peers:
         line = cost_per_byte(rows, peer, clock, cache_bytes)
         if line is not None:

@@ -135,13 +135,14 @@ def test_straight_lines() -> None:
             "role": "ours",
             "clock": "wall",
             "status": "ok",
-            "microseconds": {"median": 10 + 0.03 * count},
+            "microseconds": {"median": 10 + 0.03 * count + 0.2 * max(0, count - 1000)},
             "working_set_bytes": 1,
         }
-        for count in (1, 10, 100, 1000)
+        for count in (1, 10, 100, 1000, 3000, 10_000)
     ]
-    (sentence,) = fits.sentences(rows, "wall", None)
-    assert sentence.startswith("ours: 30.0 ns per extra tensor (wall time, 4 points")
+    few, many = fits.sentences(rows, "wall", None)
+    assert few.startswith("ours: 30.0 ns per extra tensor up to 1000 (wall time, 4 points")
+    assert many.startswith("ours: 230.0 ns per extra tensor beyond 1000 (wall time, 3 points")
 
 
 def test_curves_and_training_run(tmp_path: Path) -> None:

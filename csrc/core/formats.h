@@ -14,6 +14,9 @@
 //                           aligned
 //   unpack(packed, x[n])    their values
 //   store_pack(i, wide, x)  n elements, rounded; x becomes what a load would now give
+//   prefetch<n>(i)          calls elements i to i + n - 1 into a CPU's cache, as far as loads read much; there need not
+//   be
+//                           so many
 // and, when kBlock > 1, instead of store(i, x) and that store_pack
 //   open(block) -> Common   what a block's elements have in common; `block` counts from logical element 0
 //   load(i, common) -> Acc  element i of that block
@@ -155,6 +158,10 @@ struct Plain {
     return kDecode(stored);
   }
 
+  template <int n>
+  FSGD_INLINE void prefetch(int64_t i) const {
+    column.template prefetch<n>(i);
+  }
   FSGD_INLINE uint32_t until_aligned() const { return column.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return column.aligned(i); }
   template <int n>
@@ -197,17 +204,18 @@ using Float32 = Plain<float, float, identity<float>, identity<float>>;
 // instructions that widen and pack 16-bit numbers.
 struct BFloat16 : Plain<uint16_t, float, bfloat16_to_float, float_to_bfloat16> {
   using Plain::Plain;
-  FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const {
-    const uint32_t word = column.word(i);
-    x[0] = bit_cast<float>(word << 16);
-    x[1] = bit_cast<float>(word & 0xFFFF0000u);
-  }
+  FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const { decode_pair(column.word(i), x); }
   FSGD_INLINE void store_pair(int64_t i, float (&x)[2]) const {
-    column.word(i) = rounded(x[0]) >> 16 | (rounded(x[1]) & 0xFFFF0000u);
-    load_pair(i, x);
+    const uint32_t word = rounded(x[0]) >> 16 | (rounded(x[1]) & 0xFFFF0000u);
+    column.word(i) = word;
+    decode_pair(word, x);
   }
 
  private:
+  FSGD_INLINE static void decode_pair(uint32_t word, float (&x)[2]) {
+    x[0] = bit_cast<float>(word << 16);
+    x[1] = bit_cast<float>(word & 0xFFFF0000u);
+  }
   FSGD_INLINE static uint32_t rounded(float x) {  // float_to_bfloat16() in the upper half
     const uint32_t bits = bit_cast<uint32_t>(x);
     return x != x ? 0x7FC00000u : bits + 0x7FFFu + (bits >> 16 & 1u);

@@ -75,6 +75,10 @@ struct Int8Momentum {
     }
   }
 
+  template <int n>
+  FSGD_INLINE void prefetch(int64_t i) const {
+    codes.template prefetch<n>(i);
+  }
   FSGD_INLINE uint32_t until_aligned() const { return codes.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return codes.aligned(i); }
   // n elements of one block.

@@ -28,6 +28,10 @@ struct Master {
     return x;
   }
 
+  template <int n>
+  FSGD_INLINE void prefetch(int64_t i) const {
+    master.template prefetch<n>(i);
+  }
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return parameter.aligned(i) && master.aligned(i); }
   template <int n>

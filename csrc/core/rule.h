@@ -179,36 +179,43 @@ FSGD_INLINE double unset_value(double) { return bit_cast<double>(uint64_t{0x7FFD
 FSGD_INLINE bool is_unset(float x) { return bit_cast<uint32_t>(x) == 0x7FEE0000u; }
 FSGD_INLINE bool is_unset(double x) { return bit_cast<uint64_t>(x) == 0x7FFDC00000000000u; }
 
-// yes ? a : b. By bits, so that compilers see a select and no branch: two of them in one loop they would unroll into
-// four ways through it.
+// yes ? a : b. In float by bits, so that compilers see a select and no branch: two of them in one loop they would
+// unroll into four ways through it.
 FSGD_INLINE float choose(bool yes, float a, float b) {
   const uint32_t mask = yes ? ~0u : 0u;
   return bit_cast<float>((bit_cast<uint32_t>(a) & mask) | (bit_cast<uint32_t>(b) & ~mask));
 }
 FSGD_INLINE double choose(bool yes, double a, double b) { return yes ? a : b; }
 
-// p: parameter, b: momentum buffer; both are read and written. The hyperparameters are the same for a whole tensor, so
-// the branches cost nothing: compilers hoist them out of the loop or turn them into selects.
-template <class T>
+// yes ? a : b, where yes is the same for a whole tensor. Of the plain form GPUs branch around a, and CPUs' compilers
+// make a loop for either answer, as long as loops are short; of longer ones they compute all that follows twice, for
+// either answer, and select in the end. So those may ask to have both computed and to select at once. (A macro, since a
+// lambda's code is not sure to be inlined.)
+#define FSGD_EITHER(yes, a, b) (kSelects ? choose(yes, a, b) : (yes) ? (a) : (b))
+
+// p: parameter, b: momentum buffer; both are read and written.
+template <bool kSelects = false, class T>
 FSGD_INLINE void update(const Hyperparameters<T>& h, T grad, T& p, T& b) {
-  const T g = h.has_grad_scale ? divide(grad, h.grad_scale) : grad;
+  const T g = FSGD_EITHER(h.has_grad_scale, divide(grad, h.grad_scale), grad);
   T d = multiply(g, h.grad_factor);
-  d = h.has_weight_decay ? fma(p, h.weight_decay, d) : d;
+  d = FSGD_EITHER(h.has_weight_decay, fma(p, h.weight_decay, d), d);
   p = multiply(p, h.decay_factor);
   d = multiply(d, h.trust_ratio);
   if (h.has_momentum) {
     const T accumulated = fma(d, h.one_minus_dampening, multiply(b, h.momentum));
     b = choose(is_unset(b), d, accumulated);
-    d = h.nesterov ? fma(b, h.momentum, d) : b;
+    d = FSGD_EITHER(h.nesterov, fma(b, h.momentum, d), b);
   }
   p = fma(d, h.neg_lr, p);
 }
 
 // e: the exponential moving average of the parameter, read and written. p: the parameter as it was stored.
-template <class T>
+template <bool kSelects = false, class T>
 FSGD_INLINE void average(const Hyperparameters<T>& h, T p, T& e) {
-  const T blended = fma(h.ema_weight, subtract(p, e), h.ema_from_parameter ? p : e);
-  e = is_unset(e) ? p : blended;
+  const T blended = fma(h.ema_weight, subtract(p, e), FSGD_EITHER(h.ema_from_parameter, p, e));
+  e = FSGD_EITHER(is_unset(e), p, blended);
 }
+
+#undef FSGD_EITHER
 
 }  // namespace fused_sgd

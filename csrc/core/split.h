@@ -63,6 +63,11 @@ struct SplitBFloat16 {
     remainder.word(i) = (bit_cast<uint32_t>(x[0]) & 0xFFFFu) | bit_cast<uint32_t>(x[1]) << 16;
   }
 
+  template <int n>
+  FSGD_INLINE void prefetch(int64_t i) const {
+    parameter.template prefetch<n>(i);
+    remainder.template prefetch<n>(i);
+  }
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return parameter.aligned(i) && remainder.aligned(i); }
   template <int n>

@@ -145,6 +145,10 @@ struct Stochastic {
     return random.template draws<n>(i);
   }
 
+  template <int n>
+  FSGD_INLINE void prefetch(int64_t i) const {
+    parameter.template prefetch<n>(i);
+  }
   FSGD_INLINE uint32_t until_aligned() const { return parameter.until_aligned(); }
   FSGD_INLINE bool aligned(int64_t i) const { return parameter.aligned(i); }
   template <int n>

@@ -11,27 +11,33 @@
 namespace fused_sgd::cpu {
 namespace {
 
-// What a loop does beside the step, known when it is compiled. kMomentum and kEma decide which memory is touched;
-// kUsual keeps a division, three factors and two selects out of the usual loop, which matters where conversions to 16
-// bits keep the processor busy.
-template <bool kHasMomentum, bool kHasEma, bool kIsUsual>
-struct Kind {
-  static constexpr bool kMomentum = kHasMomentum, kEma = kHasEma, kUsual = kIsUsual;
-};
+// Which of the rule's terms a loop computes: those that it may have are computed whether or not they are asked for, and
+// then selected, so a loop for fewer is faster, most of all where conversions to 16 bits keep the processor busy.
+//   Any                 all
+//   Nesterov            Nesterov momentum, and no unscaling, which is a division
+//   Plain               neither of the two
+//   UsualWithDecay      nor the factors of clipping, maximize, decoupled weight decay and LARS, but weight decay
+//   UsualWithoutDecay   nor that
+enum class Terms { Any, Nesterov, Plain, UsualWithDecay, UsualWithoutDecay };
 
-template <class T>
-bool is_usual(const Hyperparameters<T>& h) {
-  return !h.has_grad_scale && !h.nesterov && !h.has_ema && h.grad_factor == T(1) && h.decay_factor == T(1) &&
-         h.trust_ratio == T(1);
-}
+// What is known of a loop when it is compiled. kMomentum and kEma decide which memory is touched.
+template <bool kHasMomentum, bool kHasEma, Terms kItsTerms>
+struct Kind {
+  static constexpr bool kMomentum = kHasMomentum, kEma = kHasEma;
+  static constexpr Terms kTerms = kItsTerms;
+};
 
 // The hyperparameters with what the kind settles written out, for the compiler to see.
 template <class K, class T>
 FSGD_INLINE Hyperparameters<T> narrowed(Hyperparameters<T> h) {
   h.has_momentum = K::kMomentum;
-  if constexpr (K::kUsual) {
-    h.has_grad_scale = h.nesterov = false;
+  if constexpr (K::kTerms != Terms::Any) {
+    h.has_grad_scale = false;
+    h.nesterov = K::kTerms == Terms::Nesterov;
+  }
+  if constexpr (K::kTerms == Terms::UsualWithDecay || K::kTerms == Terms::UsualWithoutDecay) {
     h.grad_factor = h.decay_factor = h.trust_ratio = T(1);
+    h.has_weight_decay = K::kTerms == Terms::UsualWithDecay;
   }
   return h;
 }
@@ -100,8 +106,11 @@ class Loop {
 
   // Elements [begin, end). Where there are batches it begins with one, because chunks are whole batches.
   FSGD_INLINE void run(int64_t begin, int64_t end) const {
-    if constexpr (kBatch > 1) {
-      for (; begin + kBatch <= end; begin += kBatch) batch<kBatch>(begin);
+    if constexpr (kCallsAhead || kBatch > 1) {
+      for (; begin + kStrip <= end; begin += kStrip) {
+        if (kCallsAhead && begin + kAhead < end) call(begin + kAhead);
+        strip(begin);
+      }
     }
     if (begin == end) return;
     if constexpr (kInBlocks) {  // tensors in blocks are whole blocks
@@ -120,6 +129,33 @@ class Loop {
   static constexpr bool kStagesMomentum = K::kMomentum && kStaged<M>;
   static constexpr bool kArrayOfMomentum = kInBlocks || kStagesMomentum;
   static constexpr int kStep = kInPairs<P> && kInPairs<G> && kInPairs<M> ? 2 : 1;  // two of 16 bits in one word
+  // Conversions take so many instructions that a processor sees too little of the memory ahead, and has to be told.
+  // Where nothing is narrower than 32 bits, telling costs more than it gives.
+  template <class F>
+  static constexpr bool kNarrow = F::kBytes < 4 * F::kColumns;
+  static constexpr bool kCallsAhead = kNarrow<P> || kNarrow<G> || (K::kMomentum && kNarrow<M>);
+#if defined(__x86_64__) && !defined(__FMA__)
+  static constexpr bool kSelects = false;  // fma is a call
+#else
+  static constexpr bool kSelects = kCallsAhead;
+#endif
+  static constexpr int kStrip = kBatch > 1 ? kBatch : 32;  // elements that are called together
+  static constexpr int kAhead = 256;                       // elements
+
+  FSGD_INLINE void call(int64_t i) const {
+    param_.template prefetch<kStrip>(i);
+    grad_.template prefetch<kStrip>(i);
+    if constexpr (K::kMomentum) momentum_.template prefetch<kStrip>(i);
+    if constexpr (K::kEma) Column<Acc>(ema_).template prefetch<kStrip>(i);
+  }
+
+  FSGD_INLINE void strip(int64_t begin) const {
+    if constexpr (kBatch > 1) {
+      batch<kBatch>(begin);
+    } else {
+      each<kStep>(param_, grad_, momentum_, param_, momentum_, begin, begin + kStrip);
+    }
+  }
 
   // load -> rule -> store. Some formats may be arrays, or have their random bits with them.
   template <int kStep, class Param, class Grad, class Momentum, class ParamOut, class MomentumOut>
@@ -133,11 +169,11 @@ class Loop {
       load_step(param, i, p);
       load_step(grad, i, g);
       if constexpr (K::kMomentum) load_step(momentum, i, b);
-      for (int k = 0; k < kStep; ++k) update(h_, static_cast<Acc>(g[k]), p[k], b[k]);
+      for (int k = 0; k < kStep; ++k) update<kSelects>(h_, static_cast<Acc>(g[k]), p[k], b[k]);
       store_step(param_out, i, p);
       if constexpr (K::kMomentum) store_step(momentum_out, i, b);
       if constexpr (K::kEma && !std::is_same_v<ParamOut, Array<Acc>>) {
-        for (int k = 0; k < kStep; ++k) average(h_, p[k], ema_[i + k]);
+        for (int k = 0; k < kStep; ++k) average<kSelects>(h_, p[k], ema_[i + k]);
       }
     }
     if constexpr (kStep > 1) {
@@ -165,7 +201,7 @@ class Loop {
       if constexpr (kStaged<P>) {
         param_.store_pack(first, false, p);
         if constexpr (K::kEma) {
-          for (int k = 0; k < n; ++k) average(h_, p[k], ema_[first + k]);
+          for (int k = 0; k < n; ++k) average<kSelects>(h_, p[k], ema_[first + k]);
         }
       }
     }

@@ -22,21 +22,31 @@ FSGD_INLINE void prefetch_row(const Row& row, int columns) {
 template <class P, class G, class M>
 using WalkElements = void (*)(void* const*, const Hyperparameters<typename P::Acc>&, int64_t, int64_t);
 
-template <class P, class G, class M, bool kMomentum, bool kEma, bool kUsual>
+template <class P, class G, class M, bool kMomentum, bool kEma, Terms kTerms>
 void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>& hyperparameters, int64_t begin,
                    int64_t end) {
   static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
-  Loop<P, G, M, Kind<kMomentum, kEma, kUsual>>(columns, hyperparameters).run(begin, end);
+  Loop<P, G, M, Kind<kMomentum, kEma, kTerms>>(columns, hyperparameters).run(begin, end);
 }
 
 template <class P, class G, class M>
 WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h) {
+  const bool scaled = h.has_grad_scale, plain = !scaled && !h.nesterov;
   if (!h.has_momentum) {
-    if (is_usual(h)) return walk_elements<P, G, M, false, false, true>;
-    return h.has_ema ? walk_elements<P, G, M, false, true, false> : walk_elements<P, G, M, false, false, false>;
+    if (h.has_ema) return walk_elements<P, G, M, false, true, Terms::Any>;
+    return scaled ? walk_elements<P, G, M, false, false, Terms::Any>
+                  : walk_elements<P, G, M, false, false, Terms::Plain>;
   }
-  if (is_usual(h)) return walk_elements<P, G, M, true, false, true>;
-  return h.has_ema ? walk_elements<P, G, M, true, true, false> : walk_elements<P, G, M, true, false, false>;
+  if (h.has_ema) {
+    return plain ? walk_elements<P, G, M, true, true, Terms::Plain> : walk_elements<P, G, M, true, true, Terms::Any>;
+  }
+  if (scaled) return walk_elements<P, G, M, true, false, Terms::Any>;
+  if (h.nesterov) return walk_elements<P, G, M, true, false, Terms::Nesterov>;
+  if (h.grad_factor != 1 || h.decay_factor != 1 || h.trust_ratio != 1) {
+    return walk_elements<P, G, M, true, false, Terms::Plain>;
+  }
+  return h.has_weight_decay ? walk_elements<P, G, M, true, false, Terms::UsualWithDecay>
+                            : walk_elements<P, G, M, true, false, Terms::UsualWithoutDecay>;
 }
 
 // Walks from element `begin` of row `first` to the end of the range, or to the first row of another combination, and
@@ -74,22 +84,14 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
 
 constexpr int kTilesAtOnce = 4;  // streams that are read side by side
 
-// Calls elements into the cache, counted from a tile's first, of formats with one column.
-template <class F>
-struct Coming {
-  const char* data;
-  FSGD_INLINE Coming(void* const* columns, int64_t begin)
-      : data(static_cast<const char*>(columns[0]) + begin * F::kBytes) {}
-  FSGD_INLINE void operator()(int i) const {
-    if constexpr (F::kColumns == 1) __builtin_prefetch(data + i * F::kBytes);
-  }
-};
-
 // The sums of squares of some of a row's tiles: of kTilesAtOnce, which are whole, or of one.
 template <class F, class Load>
-void square_some(void* const* columns, Load load, int64_t length, int64_t first, int count, double* squares) {
+void square_some(const F& format, Load load, int64_t length, int64_t first, int count, double* squares) {
   const int64_t begin = first << kLog2Tile;
-  const Coming<F> prefetch(columns, begin);
+  // Of two columns it costs more than it gives. (Always inlined: see prefetch_row().)
+  const auto prefetch = [&](int i) __attribute__((always_inline)) {
+    if constexpr (F::kColumns == 1) format.template prefetch<1>(begin + i);
+  };
   const auto from_begin = [&](int i) { return load(begin + i); };
   if (count == kTilesAtOnce) return square_tiles<kTilesAtOnce>(from_begin, prefetch, squares);
   if (length - begin >= kTile) return square_tiles<1>(from_begin, prefetch, squares);
@@ -101,10 +103,8 @@ template <class P, class G>
 bool measure_row(const Table& table, const Row& row, int64_t tile, int64_t tile_end, double* grad_squares,
                  double* param_squares) {
   using Acc = typename P::Acc;
-  void* const* const params = row.columns();
-  void* const* const grads = params + P::kColumns;
-  const P param(params);
-  const G grad(grads);
+  const P param(row.columns());
+  const G grad(row.columns() + P::kColumns);
   const bool scaled = table.scalars.grad_scale != nullptr;
   const Acc scale = scaled ? static_cast<Acc>(*table.scalars.grad_scale) : Acc(1);
   const auto value = [&](int64_t i) { return static_cast<Acc>(param.load(i)); };
@@ -115,11 +115,11 @@ bool measure_row(const Table& table, const Row& row, int64_t tile, int64_t tile_
     const int64_t after = tile + kTilesAtOnce;
     count = after <= tile_end && after << kLog2Tile <= row.length ? kTilesAtOnce : 1;
     if (scaled) {
-      square_some<G>(grads, unscaled, row.length, tile, count, grad_squares + tile);
+      square_some(grad, unscaled, row.length, tile, count, grad_squares + tile);
     } else {
-      square_some<G>(grads, raw, row.length, tile, count, grad_squares + tile);
+      square_some(grad, raw, row.length, tile, count, grad_squares + tile);
     }
-    if (param_squares != nullptr) square_some<P>(params, value, row.length, tile, count, param_squares + tile);
+    if (param_squares != nullptr) square_some(param, value, row.length, tile, count, param_squares + tile);
     // An element that is not finite makes its sum so, whatever it is divided by. So may finite ones that overflow.
     for (int k = 0; k < count; ++k) {
       if (is_nonfinite(grad_squares[tile + k]) == 0) continue;

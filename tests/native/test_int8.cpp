@@ -202,7 +202,7 @@ int walk() {
     for (int step = 0; step < 30; ++step) {
       for (float& value : g) value = normal(generator);
       const int64_t middle = length / 2 / kBlock * kBlock;
-      using Step = cpu::Kind<true, false, true>;
+      using Step = cpu::Kind<true, false, cpu::Terms::Plain>;
       cpu::Loop<Float32, Float32, Int8Momentum<kBlock>, Step>(columns, h).run(0, middle);
       cpu::Loop<Float32, Float32, Int8Momentum<kBlock>, Step>(columns, h).run(middle, length);
       cpu::Loop<Float32, Float32, Float32, Step>(exact_columns, h).run(0, length);

@@ -12,7 +12,7 @@ using namespace fused_sgd;
 
 namespace {
 
-using Step = cpu::Kind<true, false, true>;  // with momentum, and nothing unusual
+using Step = cpu::Kind<true, false, cpu::Terms::Plain>;
 
 template <class Format>
 int walk_equals_fp32(uint16_t (*narrow)(float)) {

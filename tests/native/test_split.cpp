@@ -13,7 +13,7 @@ using namespace fused_sgd;
 
 namespace {
 
-using Step = cpu::Kind<true, false, true>;  // with momentum, and nothing unusual
+using Step = cpu::Kind<true, false, cpu::Terms::Plain>;
 
 // What became of the 2^24 patterns from `begin` on. Counts instead of checks, and no branch: the loop is to vectorise.
 struct Count {

@@ -13,7 +13,7 @@ using namespace fused_sgd;
 
 namespace {
 
-using Step = cpu::Kind<true, false, true>;  // with momentum, and nothing unusual
+using Step = cpu::Kind<true, false, cpu::Terms::Plain>;
 
 bool same(PhiloxWords a, PhiloxWords b) {
   return a.word[0] == b.word[0] && a.word[1] == b.word[1] && a.word[2] == b.word[2] && a.word[3] == b.word[3];
@@ -197,7 +197,8 @@ int walks() {
   StochasticRecord record{1, 2, 200, 0};
   std::vector<float> ema(n, unset_value(float()));
   void* columns[] = {split.data(), &record, gradient.data(), split_b.data(), ema.data()};
-  cpu::Loop<typename Case::Format, Float32, Float32, cpu::Kind<true, true, false>>(columns, averaging).run(0, n);
+  cpu::Loop<typename Case::Format, Float32, Float32, cpu::Kind<true, true, cpu::Terms::Any>>(columns, averaging)
+      .run(0, n);
   for (int64_t i = 0; i < n; ++i) CHECK(ema[i] == Case::value(split[i]));
   double mean = 0;
   for (const uint16_t bits : whole) mean += Case::value(bits) / static_cast<double>(n);
