@@ -3,7 +3,7 @@
 python -m benchmarks curves                    all four, with ours, torch's own three and the ceilings
 python -m benchmarks curves --curves tensors   lists are separated by commas
 
-tensors  1 to 10,000 tensors of equal bytes together; a line through them gives the cost of an extra tensor
+tensors  1 to 10,000 tensors of equal bytes together; lines up to 1000 and beyond give the cost of an extra one
 bytes    10^3 to 10^9 bytes moved a step, one tensor; a line through what is beyond the cache gives the bandwidth
 groups   1 to 1000 param groups of 1000 small tensors
 threads  ResNet-50 on 1 to all cores

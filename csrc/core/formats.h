@@ -14,9 +14,8 @@
 //                           aligned
 //   unpack(packed, x[n])    their values
 //   store_pack(i, wide, x)  n elements, rounded; x becomes what a load would now give
-//   prefetch<n>(i)          calls elements i to i + n - 1 into a CPU's cache, as far as loads read much; there need not
-//   be
-//                           so many
+//   prefetch<n>(i)          calls what loads of elements i to i + n - 1 read most of into a CPU's cache; there need not
+//                           be so many elements
 // and, when kBlock > 1, instead of store(i, x) and that store_pack
 //   open(block) -> Common   what a block's elements have in common; `block` counts from logical element 0
 //   load(i, common) -> Acc  element i of that block

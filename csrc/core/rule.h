@@ -190,7 +190,7 @@ FSGD_INLINE double choose(bool yes, double a, double b) { return yes ? a : b; }
 // yes ? a : b, where yes is the same for a whole tensor. Of the plain form GPUs branch around a, and CPUs' compilers
 // make a loop for either answer, as long as loops are short; of longer ones they compute all that follows twice, for
 // either answer, and select in the end. So those may ask to have both computed and to select at once. (A macro, since a
-// lambda's code is not sure to be inlined.)
+// lambda's code is not sure to be inlined. average() asks is_unset() of each element in the same form.)
 #define FSGD_EITHER(yes, a, b) (kSelects ? choose(yes, a, b) : (yes) ? (a) : (b))
 
 // p: parameter, b: momentum buffer; both are read and written.

@@ -11,8 +11,8 @@
 namespace fused_sgd::cpu {
 namespace {
 
-// Which of the rule's terms a loop computes: those that it may have are computed whether or not they are asked for, and
-// then selected, so a loop for fewer is faster, most of all where conversions to 16 bits keep the processor busy.
+// Which of the rule's terms a loop can have. Beside narrow columns those are computed whether or not they are asked
+// for, and then selected, so a loop for fewer is faster where conversions keep the processor busy.
 //   Any                 all
 //   Nesterov            Nesterov momentum, and no unscaling, which is a division
 //   Plain               neither of the two
