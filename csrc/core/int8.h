@@ -34,6 +34,14 @@ struct Int8Momentum {
   FSGD_INLINE float load(int64_t i, float scale) const { return decode(codes.data[i], scale); }
   FSGD_INLINE float load(int64_t i) const { return load(i, open(i / kBlock)); }
 
+  // Whether n elements, of whole blocks, are numbers, all of them: none is NaN, and so none unset.
+  template <int n>
+  FSGD_INLINE bool are_numbers(int64_t i) const {
+    bool finite = true;
+    for (int k = 0; k < n; k += kBlock) finite = finite && open((i + k) / kBlock) == open((i + k) / kBlock);
+    return finite;
+  }
+
   // The largest magnitude as bits, which are ordered as magnitudes are, with infinities and NaNs above all others: the
   // order of reduction makes no difference.
   struct Reduction {

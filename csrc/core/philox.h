@@ -44,6 +44,12 @@ FSGD_INLINE PhiloxWords philox(PhiloxWords counter, PhiloxKey key) {
   return {{c0, c1, c2, c3}};
 }
 
+// The counter of so many calls later.
+FSGD_INLINE PhiloxWords ahead(PhiloxWords counter, int calls) {
+  counter.word[0] += static_cast<uint32_t>(calls);
+  return counter;
+}
+
 #if defined(FSGD_PHILOX_LANES)
 // Several calls side by side, a 64-bit lane each. A word is the lower half of its lane, and what is left in the upper
 // half does no harm: products do not read it.
@@ -69,9 +75,8 @@ FSGD_INLINE Lanes multiply(Lanes a, uint32_t b) {
   return (Lanes)multiply_halves((Register)a, (Register)(Lanes{} + b));  // reinterpreting
 }
 
-// kCalls calls, in two chains, since each waits for its products.
-inline constexpr int kChains = 2, kCalls = kChains * kCount;
-
+// kChains * kCount calls. Each round of a chain waits for its products, so there are several, side by side.
+template <int kChains>
 FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words) {
   using C = PhiloxConstants;
   Lanes c0[kChains], c1[kChains], c2[kChains], c3[kChains];
@@ -85,7 +90,7 @@ FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words) 
   uint32_t k0 = key.word[0], k1 = key.word[1];
 #pragma GCC unroll 10
   for (int round = 0; round < C::kRounds; ++round) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int chain = 0; chain < kChains; ++chain) {
       const Lanes product0 = multiply(c0[chain], C::kMultiplier0), product1 = multiply(c2[chain], C::kMultiplier1);
       c0[chain] = (product1 >> 32) ^ c1[chain] ^ k0;
@@ -96,7 +101,7 @@ FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words) 
     k0 += C::kWeyl0;
     k1 += C::kWeyl1;
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int chain = 0; chain < kChains; ++chain) {
     const Lanes low = (c0[chain] & 0xFFFFFFFFu) | c1[chain] << 32, high = (c2[chain] & 0xFFFFFFFFu) | c3[chain] << 32;
     for (int lane = 0; lane < kCount; ++lane) {
@@ -104,6 +109,17 @@ FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words) 
       __builtin_memcpy(words + chain * kCount + lane, call, sizeof(call));
     }
   }
+}
+
+// As many calls as this can do of n; returns how many those are.
+FSGD_INLINE int philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words, int n) {
+  constexpr int kChains = kCount == 8 ? 2 : 4;  // more would take more registers than there are
+  int call = 0;
+  for (; call + kChains * kCount <= n; call += kChains * kCount) {
+    philox<kChains>(ahead(counter, call), key, words + call);
+  }
+  for (; call + kCount <= n; call += kCount) philox<1>(ahead(counter, call), key, words + call);
+  return call;
 }
 
 }  // namespace lanes
@@ -119,18 +135,10 @@ FSGD_INLINE
 void philox(PhiloxWords counter, PhiloxKey key, PhiloxWords* words, int n) {
   int call = 0;
 #if defined(FSGD_PHILOX_LANES)
-  for (; call + lanes::kCalls <= n; call += lanes::kCalls) {
-    PhiloxWords first = counter;
-    first.word[0] += static_cast<uint32_t>(call);
-    lanes::philox(first, key, words + call);
-  }
+  call = lanes::philox(counter, key, words, n);
 #endif
   FSGD_UNROLL
-  for (; call < n; ++call) {
-    PhiloxWords one = counter;
-    one.word[0] += static_cast<uint32_t>(call);
-    words[call] = philox(one, key);
-  }
+  for (; call < n; ++call) words[call] = philox(ahead(counter, call), key);
 }
 
 }  // namespace fused_sgd

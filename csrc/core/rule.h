@@ -193,8 +193,8 @@ FSGD_INLINE double choose(bool yes, double a, double b) { return yes ? a : b; }
 // lambda's code is not sure to be inlined. average() asks is_unset() of each element in the same form.)
 #define FSGD_EITHER(yes, a, b) (kSelects ? choose(yes, a, b) : (yes) ? (a) : (b))
 
-// p: parameter, b: momentum buffer; both are read and written.
-template <bool kSelects = false, class T>
+// p: parameter, b: momentum buffer; both are read and written. kIsSet: the buffer is known not to be unset.
+template <bool kSelects = false, bool kIsSet = false, class T>
 FSGD_INLINE void update(const Hyperparameters<T>& h, T grad, T& p, T& b) {
   const T g = FSGD_EITHER(h.has_grad_scale, divide(grad, h.grad_scale), grad);
   T d = multiply(g, h.grad_factor);
@@ -203,7 +203,7 @@ FSGD_INLINE void update(const Hyperparameters<T>& h, T grad, T& p, T& b) {
   d = multiply(d, h.trust_ratio);
   if (h.has_momentum) {
     const T accumulated = fma(d, h.one_minus_dampening, multiply(b, h.momentum));
-    b = choose(is_unset(b), d, accumulated);
+    b = kIsSet ? accumulated : choose(is_unset(b), d, accumulated);
     d = FSGD_EITHER(h.nesterov, fma(b, h.momentum, d), b);
   }
   p = fma(d, h.neg_lr, p);

@@ -25,8 +25,9 @@ FSGD_INLINE Split round_split(float x) {
 FSGD_INLINE float join_words(uint32_t high, uint32_t low) {
   const uint32_t number = high + low;
   // Where high is a NaN, its payload is whole with the remainder's bits. Else it is a zero or an infinity.
-  const uint32_t payload = (high & 0x7FFFFFFFu) > 0x7F800000u ? low & 0xFFFFu : 0u;
-  return bit_cast<float>((number & 0x7FFFFFFFu) > 0x7F800000u ? high | payload : number);
+  const float sum = bit_cast<float>(number), upper = bit_cast<float>(high);
+  const uint32_t payload = upper != upper ? low & 0xFFFFu : 0u;
+  return bit_cast<float>(sum != sum ? high | payload : number);
 }
 
 FSGD_INLINE float join_split(Split split) {
@@ -47,11 +48,29 @@ struct SplitBFloat16 {
   FSGD_INLINE explicit SplitBFloat16(void* const* columns) : parameter(columns[0]), remainder(columns[1]) {}
   FSGD_INLINE float load(int64_t i) const { return join_split({parameter.data[i], remainder.data[i]}); }
   FSGD_INLINE float store(int64_t i, float x) const {
-    const Split split = round_split(x);
-    parameter.data[i] = split.high;
-    remainder.data[i] = split.low;
+    parameter.data[i] = static_cast<uint16_t>(rounded(x) >> 16);
+    remainder.data[i] = static_cast<int16_t>(static_cast<uint16_t>(bit_cast<uint32_t>(x)));
     return x;
   }
+
+  // Whether n elements are finite, all of them. Then they may be read as Finite does, without a look at each.
+  template <int n>
+  FSGD_INLINE bool is_finite(int64_t i) const {
+    uint16_t largest = 0;
+    for (int k = 0; k < n; ++k) {
+      const auto upper = static_cast<uint16_t>(parameter.data[i + k] + (remainder.data[i + k] >> 15));  // of their sum
+      const auto exponent = static_cast<uint16_t>(upper & 0x7F80u);
+      largest = exponent > largest ? exponent : largest;
+    }
+    return largest != 0x7F80u;
+  }
+  struct Finite {
+    const SplitBFloat16& format;
+    FSGD_INLINE float load(int64_t i) const {
+      const uint32_t high = format.parameter.data[i];
+      return bit_cast<float>((high << 16) + static_cast<uint32_t>(static_cast<int32_t>(format.remainder.data[i])));
+    }
+  };
 
   FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const {
     const uint32_t high = parameter.word(i), low = remainder.word(i);

@@ -175,7 +175,31 @@ struct Stochastic {
   }
 };
 
-using StochasticBFloat16 = Stochastic<uint16_t, bfloat16_to_float, round_stochastically_bfloat16>;
+// With two neighbours in one word, as BFloat16 has.
+struct StochasticBFloat16 : Stochastic<uint16_t, bfloat16_to_float, round_stochastically_bfloat16> {
+  using Stochastic::Stochastic;
+  FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const {
+    const uint32_t word = parameter.word(i);
+    x[0] = bit_cast<float>(word << 16);
+    x[1] = bit_cast<float>(word & 0xFFFF0000u);
+  }
+  // draws: of the first element in the lower half.
+  FSGD_INLINE void store_pair(int64_t i, float (&x)[2], uint32_t draws) const {
+    const uint32_t first = rounded(x[0], draws & 0xFFFFu) >> 16, second = rounded(x[1], draws >> 16) & 0xFFFF0000u;
+    parameter.word(i) = first | second;
+    x[0] = bit_cast<float>(first << 16);
+    x[1] = bit_cast<float>(second);
+  }
+
+ private:
+  // round_stochastically_bfloat16() in the upper half. Beyond the largest finite value one half is added, which rounds
+  // to nearest: a tie goes to infinity, whose bits are even.
+  FSGD_INLINE static uint32_t rounded(float x, uint32_t draw) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t added = (bits & 0x7FFFFFFFu) > 0x7F7F0000u ? 0x8000u : draw;
+    return x != x ? 0x7FC00000u : bits + added;
+  }
+};
 using StochasticFloat16 = Stochastic<uint32_t, float16_to_float, round_stochastically_float16>;
 
 }  // namespace fused_sgd

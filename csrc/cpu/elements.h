@@ -51,6 +51,10 @@ inline constexpr bool kStaged = requires { requires F::kConvertsMany; };
 template <class F>
 inline constexpr bool kDraws = requires { typename F::Draw; };
 
+// Whether a look at many elements can tell that each is finite, and they are read faster then.
+template <class F>
+inline constexpr bool kReadsFinite = requires { typename F::Finite; };
+
 // Elements from `first` on, in an array.
 template <class T>
 struct Array {
@@ -67,6 +71,13 @@ struct Drawn {
   const typename F::Draw* draw;
   int64_t first;
   FSGD_INLINE float store(int64_t i, float x) const { return format.store(i, x, draw[i - first]); }
+  FSGD_INLINE void store_pair(int64_t i, float (&x)[2]) const
+    requires kInPairs<F>
+  {
+    uint32_t draws;
+    __builtin_memcpy(&draws, draw + (i - first), sizeof(draws));
+    format.store_pair(i, x, draws);
+  }
 };
 
 template <class F, class T, int n>
@@ -79,7 +90,7 @@ FSGD_INLINE void load_step(const F& format, int64_t i, T (&x)[n]) {
 }
 template <class F, class T, int n>
 FSGD_INLINE void store_step(const F& format, int64_t i, T (&x)[n]) {
-  if constexpr (n == 2 && kInPairs<F>) {
+  if constexpr (requires { format.store_pair(i, x); }) {
     format.store_pair(i, x);
   } else {
     for (int k = 0; k < n; ++k) x[k] = format.store(i + k, x[k]);
@@ -101,7 +112,7 @@ class Loop {
 
   // Elements [begin, end), one by one, where no format is in blocks.
   FSGD_INLINE void by_element(int64_t begin, int64_t end) const {
-    each<1>(param_, grad_, momentum_, param_, momentum_, begin, end);
+    each<1, false>(param_, grad_, momentum_, param_, momentum_, begin, end);
   }
 
   // Elements [begin, end). Where there are batches it begins with one, because chunks are whole batches.
@@ -117,9 +128,9 @@ class Loop {
       for (; begin < end; begin += M::kBlock) batch<M::kBlock>(begin);
     } else if constexpr (kDraws<P>) {
       const auto draws = param_.template draws<kBatch>(begin);
-      each<kStep>(param_, grad_, momentum_, Drawn<P>{param_, draws.draw, begin}, momentum_, begin, end);
+      each<kStep, false>(param_, grad_, momentum_, Drawn<P>{param_, draws.draw, begin}, momentum_, begin, end);
     } else {
-      each<kStep>(param_, grad_, momentum_, param_, momentum_, begin, end);
+      each<kStep, false>(param_, grad_, momentum_, param_, momentum_, begin, end);
     }
   }
 
@@ -153,12 +164,12 @@ class Loop {
     if constexpr (kBatch > 1) {
       batch<kBatch>(begin);
     } else {
-      each<kStep>(param_, grad_, momentum_, param_, momentum_, begin, begin + kStrip);
+      each<kStep, false>(param_, grad_, momentum_, param_, momentum_, begin, begin + kStrip);
     }
   }
 
   // load -> rule -> store. Some formats may be arrays, or have their random bits with them.
-  template <int kStep, class Param, class Grad, class Momentum, class ParamOut, class MomentumOut>
+  template <int kStep, bool kIsSet, class Param, class Grad, class Momentum, class ParamOut, class MomentumOut>
   FSGD_INLINE void each(const Param& param, const Grad& grad, const Momentum& momentum, const ParamOut& param_out,
                         const MomentumOut& momentum_out, int64_t begin, int64_t end) const {
     const int64_t steps_end = end - (end - begin) % kStep;
@@ -169,7 +180,7 @@ class Loop {
       load_step(param, i, p);
       load_step(grad, i, g);
       if constexpr (K::kMomentum) load_step(momentum, i, b);
-      for (int k = 0; k < kStep; ++k) update<kSelects>(h_, static_cast<Acc>(g[k]), p[k], b[k]);
+      for (int k = 0; k < kStep; ++k) update<kSelects, kIsSet>(h_, static_cast<Acc>(g[k]), p[k], b[k]);
       store_step(param_out, i, p);
       if constexpr (K::kMomentum) store_step(momentum_out, i, b);
       if constexpr (K::kEma && !std::is_same_v<ParamOut, Array<Acc>>) {
@@ -177,12 +188,23 @@ class Loop {
       }
     }
     if constexpr (kStep > 1) {
-      if (steps_end < end) each<1>(param, grad, momentum, param_out, momentum_out, steps_end, end);
+      if (steps_end < end) each<1, kIsSet>(param, grad, momentum, param_out, momentum_out, steps_end, end);
     }
   }
 
   // Elements [first, first + n).
   template <int n>
+  FSGD_INLINE void batch(int64_t first) const {
+    if constexpr (kInBlocks) {
+      bool finite = momentum_.template are_numbers<n>(first);
+      if constexpr (kReadsFinite<P>) finite = finite && param_.template is_finite<n>(first);
+      if (finite) return batch<n, true>(first);
+    }
+    batch<n, false>(first);
+  }
+
+  // kFinite: the momentum, in blocks, is known to be set, and a parameter that kReadsFinite to be finite.
+  template <int n, bool kFinite>
   FSGD_INLINE void batch(int64_t first) const {
     alignas(64) Acc p[n], b[n];
     alignas(64) typename G::Acc g[n];
@@ -190,14 +212,15 @@ class Loop {
     if constexpr (kStaged<G>) G::unpack(grad_.template load_pack<n>(first, false), g);
     if constexpr (kStagesMomentum) M::unpack(momentum_.template load_pack<n>(first, false), b);
     if constexpr (kInBlocks) each_block(first, b, [&](int64_t block, auto& x) { momentum_.load_block(block, x); });
-    const auto param = staged<kStaged<P>>(param_, p, first);
+    const auto param_out = staged<kStaged<P>>(param_, p, first);
+    const auto param = readable<kFinite>(param_out);
     const auto grad = staged<kStaged<G>>(grad_, g, first);
     const auto momentum = staged<kArrayOfMomentum>(momentum_, b, first);
     if constexpr (kDraws<P>) {
       const auto draws = param_.template draws<n>(first);
-      each<kStep>(param, grad, momentum, Drawn<P>{param_, draws.draw, first}, momentum, first, first + n);
+      each<kStep, kFinite>(param, grad, momentum, Drawn<P>{param_, draws.draw, first}, momentum, first, first + n);
     } else {
-      each<kStep>(param, grad, momentum, param, momentum, first, first + n);
+      each<kStep, kFinite>(param, grad, momentum, param_out, momentum, first, first + n);
       if constexpr (kStaged<P>) {
         param_.store_pack(first, false, p);
         if constexpr (K::kEma) {
@@ -213,6 +236,15 @@ class Loop {
   FSGD_INLINE static auto staged(const F& format, T* x, int64_t first) {
     if constexpr (kIsStaged) {
       return Array<T>{x, first};
+    } else {
+      return format;
+    }
+  }
+
+  template <bool kFinite, class F>
+  FSGD_INLINE static auto readable(const F& format) {
+    if constexpr (kFinite && kReadsFinite<F>) {
+      return typename F::Finite{format};
     } else {
       return format;
     }
