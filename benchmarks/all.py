@@ -15,6 +15,8 @@ HELP = "step, curves, training, around, precision and the report, one after the 
 
 # Of the time; what is left is starting and the report.
 _SHARES = {"step": 0.42, "curves": 0.2, "training": 0.12, "around": 0.13, "precision": 0.1}
+# Of steps, as many as fit into their time with every peer: small and large, of many tensors and of one.
+_SHAPES = ["tiny161", "many1000", "resnet50", "gpt2", "one100m"]
 _CHOICES = ("shapes", "curves", "models", "tasks", "modes")  # options that only some of them have: all of everything
 
 
@@ -28,9 +30,10 @@ def run(given: argparse.Namespace) -> int:
     minutes = given.minutes if given.minutes is not None else given.default_minutes[given.quick]
     for name, share in _SHARES.items():
         module = importlib.import_module(f".{name}", __package__)
-        status: int = module.run(
-            argparse.Namespace(**{**vars(given), **dict.fromkeys(_CHOICES), "minutes": share * minutes})
-        )
+        own = argparse.Namespace(**{**vars(given), **dict.fromkeys(_CHOICES), "minutes": share * minutes})
+        if name == "step" and not given.quick:
+            own.shapes = _SHAPES
+        status: int = module.run(own)
         if status:
             return status
     from . import report

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +32,7 @@ _PEERS = ("ours", "fused", "foreach", "loop", "nothing", "flat")
 _ELEMENTS = 160_000  # of all tensors together: 16 in each of 10,000
 _BYTES_AN_ELEMENT = 20  # that a step moves, in float32
 _GROUPED = 1000
+_ALONE = ("ours", "fused")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +78,13 @@ def _tensors(options: shared.Options, peers: list[str]) -> Iterator[Case]:
         yield _case(options, peers, tensor_shapes(count), "tensors", count)
 
 
+def _alone(options: shared.Options, peers: list[str]) -> Iterator[Case]:
+    # Between its steps no other optimizer's work empties the caches, as it does where peers take turns.
+    for peer in (peer for peer in peers if peer in _ALONE):
+        for case in _tensors(options, [peer]):
+            yield replace(case, curve="alone")
+
+
 def _bytes(options: shared.Options, peers: list[str]) -> Iterator[Case]:
     exponents = [3, 4, 5, 6, 7, 8] if options.quick else [3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, 8.5]
     beyond = [] if options.quick else [5e8, 7e8, 1e9]
@@ -102,6 +111,7 @@ def _threads(options: shared.Options, peers: list[str]) -> Iterator[Case]:
 
 _CURVES: dict[str, Callable[[shared.Options, list[str]], Iterator[Case]]] = {
     "tensors": _tensors,
+    "alone": _alone,
     "bytes": _bytes,
     "groups": _groups,
     "threads": _threads,

@@ -51,11 +51,16 @@ def curve(rows: Iterable[Mapping[str, Any]], name: str, peer: str, clock: str) -
     return sorted(found, key=lambda row: float(row["x"]))
 
 
-def cost_per_tensor(rows: Iterable[Mapping[str, Any]], peer: str, clock: str, many: bool = False) -> Line | None:
-    """Seconds against the number of tensors, at equal bytes: up to MANY_TENSORS, or from there on."""
+def cost_per_tensor(
+    rows: Iterable[Mapping[str, Any]], peer: str, clock: str, many: bool = False, alone: bool = False
+) -> Line | None:
+    """Seconds against the number of tensors, at equal bytes: up to MANY_TENSORS, or from there on.
+
+    ``alone`` or in turn with the other peers.
+    """
     points = [
         row
-        for row in curve(rows, "tensors", peer, clock)
+        for row in curve(rows, "alone" if alone else "tensors", peer, clock)
         if (row["x"] >= MANY_TENSORS if many else row["x"] <= MANY_TENSORS)
     ]
     return fit_line([row["x"] for row in points], [row["microseconds"]["median"] * 1e-6 for row in points])
@@ -73,13 +78,14 @@ def sentences(rows: Sequence[Mapping[str, Any]], clock: str, cache_bytes: int | 
     """What the fits say, a line for each peer and curve."""
     said = []
     peers = dict.fromkeys(row["peer"] for row in rows if row["role"] != "floor")
-    for peer in peers:
-        for many, where in ((False, "up to"), (True, "beyond")):
-            line = cost_per_tensor(rows, peer, clock, many)
+    for alone, many in ((True, False), (True, True), (False, False), (False, True)):
+        for peer in peers:
+            line = cost_per_tensor(rows, peer, clock, many, alone)
             if line is not None:
                 said.append(
-                    f"{peer}: {line.slope * 1e9:.1f} ns per extra tensor {where} {MANY_TENSORS} ({clock} time,"
-                    f" {line.points} points, worst {line.worst:.0%} off the line)"
+                    f"{peer}, {'alone' if alone else 'in turn with others'}: {line.slope * 1e9:.1f} ns per extra tensor"
+                    f" {'beyond' if many else 'up to'} {MANY_TENSORS} ({clock} time, {line.points} points, worst"
+                    f" {line.worst:.0%} off the line)"
                 )
     for peer in peers:
         line = cost_per_byte(rows, peer, clock, cache_bytes)

@@ -11,6 +11,7 @@ from .plots import Plots, slug
 
 _AXES = {
     "tensors": ("tensors, of equal bytes together", True),
+    "alone": ("tensors, of equal bytes together; no other optimizer's steps between", True),
     "bytes": ("bytes moved a step, one tensor", True),
     "groups": ("param groups of 1000 tensors of 16", True),
     "threads": ("threads, ResNet-50", False),

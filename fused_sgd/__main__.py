@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def _equals_reference(device: str) -> bool:
 
 def main() -> int:
     """Prints the report; returns the exit status, 1 when the module is missing or a self-test failed."""
+    argparse.ArgumentParser(prog="python -m fused_sgd", description=(__doc__ or "").partition(": ")[2]).parse_args()
     for what, value in _report():
         print(f"{what:22}{value}")
     if C is None:

@@ -20,6 +20,9 @@ def check_defaults(defaults: dict[str, Any]) -> None:
     for key, name in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
         if defaults[key] < 0.0:
             raise ValueError(f"Invalid {name}: {defaults[key]}")
+    for key in ("trust_coeff", "eps"):
+        if defaults.get(key, 0) < 0:
+            raise ValueError(f"Invalid {key}: {defaults[key]}; it must not be negative")
     if defaults["decoupled_weight_decay"] and "trust_coeff" in defaults:
         raise ValueError("`decoupled_weight_decay` and a trust ratio exclude each other")
     if defaults["nesterov"] and (defaults["momentum"] <= 0 or defaults["dampening"] != 0):

@@ -129,7 +129,7 @@ def test_straight_lines() -> None:
     assert fits.fit_line([1, 2], [1, 2]) is None
     rows = [
         {
-            "curve": "tensors",
+            "curve": curve,
             "x": count,
             "peer": "ours",
             "role": "ours",
@@ -138,11 +138,13 @@ def test_straight_lines() -> None:
             "microseconds": {"median": 10 + 0.03 * count + 0.2 * max(0, count - 1000)},
             "working_set_bytes": 1,
         }
+        for curve in ("tensors", "alone")
         for count in (1, 10, 100, 1000, 3000, 10_000)
     ]
-    few, many = fits.sentences(rows, "wall", None)
-    assert few.startswith("ours: 30.0 ns per extra tensor up to 1000 (wall time, 4 points")
-    assert many.startswith("ours: 230.0 ns per extra tensor beyond 1000 (wall time, 3 points")
+    said = fits.sentences(rows, "wall", None)
+    for few, many, how in zip(said[::2], said[1::2], ("alone", "in turn with others"), strict=True):
+        assert few.startswith(f"ours, {how}: 30.0 ns per extra tensor up to 1000 (wall time, 4 points")
+        assert many.startswith(f"ours, {how}: 230.0 ns per extra tensor beyond 1000 (wall time, 3 points")
 
 
 def test_curves_and_training_run(tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_curves_and_training_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("curves", "--curves=tensor"), "unknown curve 'tensor'; choose from tensors, bytes, groups, threads"),
+        (("curves", "--curves=tensor"), "unknown curve 'tensor'; choose from tensors, alone, bytes, groups, threads"),
         (("training", "--models=vgg"), "unknown model 'vgg'; choose from resnet18, gpt"),
         (("steps",), "invalid choice: 'steps'"),
     ],

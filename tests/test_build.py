@@ -132,6 +132,9 @@ def test_report_and_self_test() -> None:
     assert "CUDA architectures" in result.stdout
     assert "equals the reference to the bit: yes" in result.stdout
     assert ": NO" not in result.stdout
+    result = run(sys.executable, "-m", "fused_sgd", "--help")
+    assert result.stdout.startswith("usage: python -m fused_sgd")
+    assert run(sys.executable, "-m", "fused_sgd", "--test").returncode == 2
 
 
 @pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])

@@ -220,6 +220,12 @@ def test_nan(key: str, fused: bool) -> None:
     unchanged()
 
 
+@pytest.mark.parametrize("key", ["trust_coeff", "eps"])
+def test_negative(key: str) -> None:
+    with pytest.raises(ValueError, match=f"Invalid {key}: -0.1; it must not be negative"):
+        FusedLARS(make_params([(3,)]), **{key: -0.1})
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_decoupled_decay_and_a_trust_ratio_exclude_each_other(fused: bool) -> None:
     params = make_params([(3,), (4,)])
