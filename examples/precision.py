@@ -1,6 +1,6 @@
 """Final losses and loss curves of bfloat16 training against float32, in FusedSGD's storage modes: docs/precision.md.
 
-    python examples/precision.py             # 25 minutes of one core; rewrites tables, plot and JSON in docs
+    python examples/precision.py             # 50 minutes of one core; rewrites tables, plot and JSON in docs
     python examples/precision.py --redraw    # tables and plot alone, from the JSON that is there
 
 Two tasks: scikit-learn's digits, as in train.py, and a character language model over the text of Python's standard
@@ -195,7 +195,7 @@ def main() -> int:
     add("--epochs", type=number(int, 1), default=20, help="of every run on digits")
     add("--width", type=number(int, 1), default=32, help="of the model for digits, as in train.py")
     add("--steps", type=number(int, 1), default=400, help="of every run on characters")
-    add("--seeds", type=number(int, 1), default=4, help="runs of each mode on each task")
+    add("--seeds", type=number(int, 1), default=8, help="runs of each mode on each task")
     add("--threads", type=number(int, 1), default=1, help="CPU threads")
     add(
         "--guide",
