@@ -1,4 +1,4 @@
-"""A steady-state step allocates nothing per tensor, in Python and below it."""
+"""A steady-state step allocates nothing per tensor, in Python and below it, and tells autograd what it wrote."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from fused_sgd import FusedSGD
+from fused_sgd import FusedLARS, FusedSGD
 
 from support import make_params, set_grads
 
@@ -136,3 +137,18 @@ def test_a_skipped_step_leaves_no_stale_gradient(isa: str) -> None:
         for mine, theirs in zip(params, expected, strict=True):
             assert torch.equal(mine, theirs)
     assert [optimizer.skipped_steps for optimizer in optimizers] == [1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"ema_decay": 0.9}], ids=str)
+@pytest.mark.parametrize("shapes", [500 * [(160,)], [(1_500_000,), (3,)], [(0,)], [(0,), (5,)]], ids=["many", *"123"])
+@pytest.mark.parametrize("make", [FusedSGD, FusedLARS])
+def test_each_step_counts_one_version(make: Any, shapes: list[tuple[int, ...]], options: dict[str, Any]) -> None:
+    params = make_params(shapes)
+    optimizer = make(params, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True, **options)
+    set_grads(params, seed=0)
+    optimizer.step()
+    written = [tensor for p in params for tensor in (p, *optimizer.state[p].values())]
+    for _ in range(3):
+        before = [tensor._version for tensor in written]
+        optimizer.step()
+        assert [tensor._version for tensor in written] == [version + 1 for version in before]

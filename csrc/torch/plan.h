@@ -202,8 +202,7 @@ class Plan {
   bool is_steady();
   bool are_steady(std::size_t begin, std::size_t end);
   bool replace_groups();
-  void bump_watched();
-  void over_watched(c10::function_ref<void(std::size_t begin, std::size_t end)> run);
+  void bump_watched(std::size_t begin, std::size_t end) const;
 
   // plan_match.cpp
   void match_group(std::size_t number, PyObject* dict);
@@ -240,7 +239,8 @@ class Plan {
   void walk();
   void commit();
   static void over_chunks(uint32_t begin, uint32_t end, int64_t work,
-                          c10::function_ref<void(uint32_t begin, uint32_t end)> run);
+                          c10::function_ref<void(uint32_t begin, uint32_t end)> run,
+                          c10::function_ref<void(std::size_t part, std::size_t parts)> afterwards);
 
   bool watches(PyObject* state) const;
   uint8_t target_of(c10::Device device);

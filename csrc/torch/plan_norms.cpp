@@ -45,9 +45,10 @@ void Plan::measure_on_cpu(uint32_t row_begin, uint32_t row_end) {
     const auto measure = cpu::instruction_set().measure;
     std::atomic<bool> nonfinite = false;
     const uint32_t begin = table.chunk_begin(row_begin), end = table.row(row_end - 1).chunk_end;
-    over_chunks(begin, end, int64_t{end - begin} << table.log2_chunk, [&](uint32_t from, uint32_t to) {
+    const auto run = [&](uint32_t from, uint32_t to) {
       if (measure(table, from, to, grad_tiles_.data(), param_tiles)) nonfinite = true;
-    });
+    };
+    over_chunks(begin, end, int64_t{end - begin} << table.log2_chunk, run, [](std::size_t, std::size_t) {});
     add_up_rows(table, row_begin, row_end, grad_tiles_.data(), param_tiles, row_squares_.data());
     if (nonfinite) totals_[1] = 1;
   }

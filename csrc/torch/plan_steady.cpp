@@ -16,7 +16,7 @@ namespace {
 constexpr std::size_t kAhead = 6;
 constexpr int kLine = 64;  // bytes
 // Below so many parameters, a second thread costs more than it gives.
-constexpr std::size_t kSerialTensors = 384;
+constexpr int64_t kSerialTensors = 256;
 
 template <class T>
 FSGD_INLINE void prefetch(const T* object, int bytes) {
@@ -94,17 +94,25 @@ bool Plan::is_steady() {
     const at::Tensor* grad = gradient_of(THPVariable_Unpack(entry->param.get()));
     if (grad != nullptr && grad->defined()) return false;
   }
+  // On several threads where there are many. The calling one keeps the GIL, and the others only read fields of Python's
+  // objects; where dicts must be looked into, it does all.
+  const auto count = static_cast<int64_t>(watched_.size());
   std::atomic<bool> all_hold = true;
-  over_watched([&](std::size_t begin, std::size_t end) {
-    if (!are_steady(begin, end)) all_hold = false;
-  });
+  const auto look = [&](int64_t begin, int64_t end) {
+    if (!are_steady(static_cast<std::size_t>(begin), static_cast<std::size_t>(end))) all_hold = false;
+  };
+  if (DictVersion::kExists && count >= kSerialTensors && at::get_num_threads() > 1) {
+    at::parallel_for(0, count, kSerialTensors / 2, look);
+  } else {
+    look(0, count);
+  }
   if (!all_hold) return false;
   any_new_ = grads_moved_ = false;
   return steady_ = repeats_ = true;
 }
 
-// The same for some of watched_.
-bool Plan::are_steady(std::size_t begin, std::size_t end) {
+// The same for some of watched_. (Flattened: a call to one of torch's small functions costs more than what it does.)
+__attribute__((flatten)) bool Plan::are_steady(std::size_t begin, std::size_t end) {
   for (std::size_t i = begin; i < end; ++i) {
     if (i + kAhead < end) {
       const WatchedEntry& next = watched_[i + kAhead];
@@ -166,30 +174,18 @@ bool Plan::are_steady(std::size_t begin, std::size_t end) {
   return true;
 }
 
-// Autograd learns what such a step wrote.
-void Plan::bump_watched() {
+// Autograd learns what such a step wrote, into some of watched_.
+void Plan::bump_watched(std::size_t begin, std::size_t end) const {
   const auto bump = [](const Watched& tensor) { const_cast<c10::TensorImpl*>(tensor.impl)->bump_version(); };
   const auto each = [&](std::size_t i, auto run) {
     run(watched_[i].param);
     for (uint32_t k = 0; k < watched_[i].state_count; ++k) run(watched_states_[watched_[i].first_state + k].tensor);
   };
-  over_watched([&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) {
-      if (i + 2 * kAhead < end) each(i + 2 * kAhead, [](const Watched& tensor) { tensor.call_version(); });
-      if (i + kAhead < end) each(i + kAhead, [](const Watched& tensor) { tensor.call_version_count(); });
-      each(i, bump);
-    }
-  });
-}
-
-// Runs run(begin, end) over watched_, on several threads where it is long. The calling thread keeps the GIL, and the
-// others only read fields of Python's objects; where dicts must be looked into, it does all.
-void Plan::over_watched(c10::function_ref<void(std::size_t begin, std::size_t end)> run) {
-  const std::size_t count = watched_.size();
-  if (!DictVersion::kExists || count < kSerialTensors || at::get_num_threads() == 1) return run(0, count);
-  at::parallel_for(0, static_cast<int64_t>(count), kSerialTensors / 2, [&](int64_t begin, int64_t end) {
-    run(static_cast<std::size_t>(begin), static_cast<std::size_t>(end));
-  });
+  for (std::size_t i = begin; i < end; ++i) {
+    if (i + 2 * kAhead < end) each(i + 2 * kAhead, [](const Watched& tensor) { tensor.call_version(); });
+    if (i + kAhead < end) each(i + kAhead, [](const Watched& tensor) { tensor.call_version_count(); });
+    each(i, bump);
+  }
 }
 
 }  // namespace fused_sgd

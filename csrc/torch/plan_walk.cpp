@@ -61,39 +61,51 @@ void Plan::launch() {
   });
 }
 
-// Runs run(begin, end) over chunks [begin, end), on as many threads as `work` elements are worth.
-void Plan::over_chunks(uint32_t begin, uint32_t end, int64_t work, c10::function_ref<void(uint32_t, uint32_t)> run) {
+// Runs run(begin, end) over chunks [begin, end), on as many threads as `work` elements are worth; and then, on each,
+// run (part, parts) of what there is to do afterwards.
+void Plan::over_chunks(uint32_t begin, uint32_t end, int64_t work, c10::function_ref<void(uint32_t, uint32_t)> run,
+                       c10::function_ref<void(std::size_t, std::size_t)> afterwards) {
   const int64_t chunks = int64_t{end} - begin;
   const int64_t threads = std::clamp<int64_t>(2 * work / kSerialElements, 1, at::get_num_threads());
-  if (work < kSerialElements || threads == 1) return run(begin, end);
+  if (work < kSerialElements || threads == 1) {
+    run(begin, end);
+    return afterwards(0, 1);
+  }
   const auto share = [&](int64_t thread) { return begin + static_cast<uint32_t>(chunks * thread / threads); };
-  at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) { run(share(from), share(to)); });
+  at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+    run(share(from), share(to));
+    for (; from < to; ++from) afterwards(static_cast<std::size_t>(from), static_cast<std::size_t>(threads));
+  });
 }
 
 void Plan::walk() {
   Target& target = targets_[0];
   const uint32_t rows = target.packer.row_count();
   const bool measures = norms_ == cuda::Norms::GradientsAndParameters && !totals_known_;
+  const auto bump = [&](std::size_t part, std::size_t parts) {
+    if (repeats_) bump_watched(watched_.size() * part / parts, watched_.size() * (part + 1) / parts);
+  };
   if (rows == 0) {
     if (measures) measure_on_cpu(0, 0);
-    return;
+    return bump(0, 1);
   }
   const cpu::Walk walk = cpu::instruction_set().walk;
   const auto run = [&] {
     const Table table = target.packer.table(target.scalars);
-    const auto walk_rows = [&](uint32_t first, uint32_t last, int64_t elements) {
+    const auto walk_rows = [&](uint32_t first, uint32_t last, int64_t elements, auto afterwards) {
       const uint32_t begin = table.chunk_begin(first), end = table.row(last - 1).chunk_end;
       Table with_norms = table;
       with_norms.scalars.row_squares = row_squares_.data();
-      over_chunks(begin, end, elements + kElementsARow * (last - first), [&](uint32_t from, uint32_t to) {
+      const auto backwards = [&](uint32_t from, uint32_t to) {
         const uint32_t piece = norms_ == cuda::Norms::None ? to - from : kPieceChunks;
         for (uint32_t begin; from < to; to = begin) {
           begin = to - std::min(piece, to - from);
           walk(with_norms, begin, to);
         }
-      });
+      };
+      over_chunks(begin, end, elements + kElementsARow * (last - first), backwards, afterwards);
     };
-    if (!measures) return walk_rows(0, rows, target.packer.elements());
+    if (!measures) return walk_rows(0, rows, target.packer.elements(), bump);
     for (uint32_t first = 0, last; first < rows; first = last) {
       int64_t elements = 0;
       for (last = first; last < rows && (last == first || elements + table.row(last).length <= kBatchElements);
@@ -101,8 +113,9 @@ void Plan::walk() {
         elements += table.row(last).length;
       }
       measure_on_cpu(first, last);
-      walk_rows(first, last, elements);
+      walk_rows(first, last, elements, [](std::size_t, std::size_t) {});
     }
+    bump(0, 1);
   };
   const auto count = [&] {
     if (target.packer.counts_steps()) count_steps(target.packer.table(), 0, 1);
@@ -123,11 +136,10 @@ void Plan::walk() {
   count();
 }
 
-// After the walk: copies go home, autograd learns what was written, and the plan remembers what it saw.
+// After the walk: copies go home, autograd learns what was written (unless walk() has told it), and the plan remembers
+// what it saw.
 void Plan::commit() {
-  if (repeats_) {
-    bump_watched();
-  } else {
+  if (!repeats_) {
     for (const Active& a : active_) {
       const at::Tensor& outer = THPVariable_Unpack(a.entry->param.get());
       a.param->unsafeGetTensorImpl()->bump_version();

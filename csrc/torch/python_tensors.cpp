@@ -3,7 +3,6 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include "groups.h"
 #include "tensors.h"
@@ -41,11 +40,6 @@ const at::Tensor* local_tensor(PyObject* object) {
 
 // A tensor's gradient, by reference; null or undefined when it has none. (at::Tensor::grad() would warn for
 // non-leaves.)
-const at::Tensor* gradient_of(const at::Tensor& tensor) {
-  const c10::AutogradMetaInterface* meta = tensor.unsafeGetTensorImpl()->autograd_meta();
-  return meta == nullptr ? nullptr : &static_cast<const torch::autograd::AutogradMeta*>(meta)->grad_;
-}
-
 // The tensor, if it has elements in memory of its own, of the CPU or a GPU; else null.
 const at::Tensor* memory_of(const at::Tensor* tensor) {
   const bool has = tensor != nullptr && tensor->defined() && !tensor->unsafeGetTensorImpl()->is_python_dispatch() &&

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <Python.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <string>
 
@@ -15,7 +16,10 @@ const at::Tensor* local_tensor(PyObject* object);
 
 // A tensor's gradient, by reference; null or undefined when it has none. (at::Tensor::grad() would warn for
 // non-leaves.)
-const at::Tensor* gradient_of(const at::Tensor& tensor);
+inline const at::Tensor* gradient_of(const at::Tensor& tensor) {
+  const c10::AutogradMetaInterface* meta = tensor.unsafeGetTensorImpl()->autograd_meta();
+  return meta == nullptr ? nullptr : &static_cast<const torch::autograd::AutogradMeta*>(meta)->grad_;
+}
 
 // local_tensor() for a gradient, which is usually reached without making its Python object.
 const at::Tensor* local_gradient(const at::Tensor& grad);
