@@ -1,9 +1,10 @@
 """Times steps along curves: cost against the number of tensors, bytes, param groups and threads.
 
-python -m benchmarks curves                    all four, with ours, torch's own three and the ceilings
+python -m benchmarks curves                    all of them, with ours, torch's own three and the ceilings
 python -m benchmarks curves --curves tensors   lists are separated by commas
 
 tensors  1 to 10,000 tensors of equal bytes together; lines up to 1000 and beyond give the cost of an extra one
+alone    the same without others, whose steps in between empty the caches (on a CPU)
 bytes    10^3 to 10^9 bytes moved a step, one tensor; a line through what is beyond the cache gives the bandwidth
 groups   1 to 1000 param groups of 1000 small tensors
 threads  ResNet-50 on 1 to all cores
@@ -20,6 +21,7 @@ import torch
 from . import fits, results, tables
 from . import options as shared
 from .machine import cores
+from .peers import OURS
 from .report_curves import report_section
 from .runner import Case, clocks_for, finish_header, make_header, run_cases
 from .shapes import SHAPE_SETS, ShapeSet
@@ -32,7 +34,6 @@ _PEERS = ("ours", "fused", "foreach", "loop", "nothing", "flat")
 _ELEMENTS = 160_000  # of all tensors together: 16 in each of 10,000
 _BYTES_AN_ELEMENT = 20  # that a step moves, in float32
 _GROUPED = 1000
-_ALONE = ("ours", "fused")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +80,8 @@ def _tensors(options: shared.Options, peers: list[str]) -> Iterator[Case]:
 
 
 def _alone(options: shared.Options, peers: list[str]) -> Iterator[Case]:
-    # Between its steps no other optimizer's work empties the caches, as it does where peers take turns.
-    for peer in (peer for peer in peers if peer in _ALONE):
-        for case in _tensors(options, [peer]):
+    if options.device == "cpu" and OURS in peers:  # a GPU's clocks empty the cache themselves
+        for case in _tensors(options, [OURS]):
             yield replace(case, curve="alone")
 
 
@@ -112,7 +112,7 @@ def _threads(options: shared.Options, peers: list[str]) -> Iterator[Case]:
 _CURVES: dict[str, Callable[[shared.Options, list[str]], Iterator[Case]]] = {
     "tensors": _tensors,
     "alone": _alone,
+    "threads": _threads,
     "bytes": _bytes,
     "groups": _groups,
-    "threads": _threads,
 }

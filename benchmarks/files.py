@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,31 @@ def read_folder(folder: Path) -> list[Run]:
     if not runs:
         raise UserError(f"{folder}: there is no result file")
     return sorted(runs, key=lambda run: (run.header["date"], run.file.name))
+
+
+def completed(runs: Sequence[Run], benchmark: str) -> list[Run]:
+    """The newest runs, each with rows of shapes and dtypes that it lacks, from the newest full run that has them.
+
+    Those runs stand under ``completed_by`` in the header: the shapes, by the file's name.
+    """
+    found = []
+    for run in newest(runs, benchmark):
+        rows, added = list(run.rows), dict[str, dict[str, None]]()
+        for other in reversed(runs):
+            alike = (other.benchmark, other.machine, other.header["torch"]) == (
+                benchmark,
+                run.machine,
+                run.header["torch"],
+            )
+            if other is run or not alike or other.header["quick"]:
+                continue
+            there = {(row["shapes"], row["dtype"]) for row in rows}
+            for row in other.rows:
+                if (row["shapes"], row["dtype"]) not in there:
+                    rows.append(row)
+                    added.setdefault(other.file.name, {})[f"{row['shapes']} · {row['dtype']}"] = None
+        found.append(replace(run, rows=rows, header={**run.header, "completed_by": added}))
+    return found
 
 
 def newest(runs: Iterable[Run], benchmark: str) -> list[Run]:

@@ -10,6 +10,7 @@ CACHES = 4  # a working set beyond so many last-level caches lives in memory
 # The objects of so many tensors (parameter, gradient, momentum buffer) take 2 MB or less, which stay in a cache between
 # steps. Beyond, an extra tensor costs what it takes to fetch them, and the curve is no line.
 MANY_TENSORS = 1000
+_BENT = 0.3  # so far off, points make no line
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def sentences(rows: Sequence[Mapping[str, Any]], clock: str, cache_bytes: int | 
                 said.append(
                     f"{peer}, {'alone' if alone else 'in turn with others'}: {line.slope * 1e9:.1f} ns per extra tensor"
                     f" {'beyond' if many else 'up to'} {MANY_TENSORS} ({clock} time, {line.points} points, worst"
-                    f" {line.worst:.0%} off the line)"
+                    f" {line.worst:.0%} off the line{', which they hardly make' if line.worst > _BENT else ''})"
                 )
     for peer in peers:
         line = cost_per_byte(rows, peer, clock, cache_bytes)

@@ -56,6 +56,8 @@ def heading(run: Run) -> str:
         notes.append(f"others used the machine (load average {header['load_average']:.1f})")
     if header.get("left_out"):
         notes.append(f"the time was up before: {', '.join(header['left_out'])}")
+    for file, shapes in header.get("completed_by", {}).items():
+        notes.append(f"of [{file}](results/{file}): {', '.join(shapes)}")
     return f"### {run.machine}, torch {header['torch']}\n\n{'; '.join(notes)}.\n"
 
 

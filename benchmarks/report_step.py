@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import markdown as md
-from .files import Run, newest
+from .files import Run, completed
 from .plots import Plots, slug
 
 Row = Mapping[str, Any]
@@ -16,7 +16,7 @@ _FOOTPRINT_SHAPES = ("resnet50", "gpt2", "resnet20", "tiny161")  # the first of 
 def report_section(runs: Sequence[Run], plots: Plots) -> str:
     """Of each machine and torch: times, ratios, bandwidth and footprints."""
     parts = ["## One step\n"]
-    for run in newest(runs, "step"):
+    for run in completed(runs, "step"):
         parts.append(md.heading(run))
         clocks = list(dict.fromkeys(row["clock"] for row in run.rows))
         parts += [_plots(run, clock, plots) for clock in clocks]

@@ -147,6 +147,27 @@ def test_straight_lines() -> None:
         assert many.startswith(f"ours, {how}: 230.0 ns per extra tensor beyond 1000 (wall time, 3 points")
 
 
+def test_older_runs_complete_the_newest() -> None:
+    files = benchmarks("files")
+
+    def run(date: int, *shapes: str, quick: bool = False) -> Any:
+        header = {
+            "benchmark": "step",
+            "device": {"name": "a", "cores": 1},
+            "torch": "2",
+            "quick": quick,
+            "date": str(date),
+        }
+        rows = [{"shapes": name, "dtype": "float32", "date": date} for name in shapes]
+        return files.Run(Path(f"{date}.json"), header, rows)
+
+    runs = [run(1, "a", "b", "c"), run(2, "b", "d"), run(3, "e", quick=True), run(4, "a")]
+    (found,) = files.completed(runs, "step")
+    assert {row["shapes"]: row["date"] for row in found.rows} == {"a": 4, "b": 2, "d": 2, "c": 1}
+    completed_by = {file: list(names) for file, names in found.header["completed_by"].items()}
+    assert completed_by == {"2.json": ["b · float32", "d · float32"], "1.json": ["c · float32"]}
+
+
 def test_curves_and_training_run(tmp_path: Path) -> None:
     quick = ("--quick", "--device=cpu", "--threads=1", "--peers=ours,foreach,timm", f"--output={tmp_path}")
     done = command("curves", "--curves=groups", *quick)
@@ -166,7 +187,7 @@ def test_curves_and_training_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("curves", "--curves=tensor"), "unknown curve 'tensor'; choose from tensors, alone, bytes, groups, threads"),
+        (("curves", "--curves=tensor"), "unknown curve 'tensor'; choose from tensors, alone, threads, bytes, groups"),
         (("training", "--models=vgg"), "unknown model 'vgg'; choose from resnet18, gpt"),
         (("steps",), "invalid choice: 'steps'"),
     ],

@@ -26,15 +26,18 @@
 //   store_pack(i, wide, x, reduction)  n elements of one block
 //   finish(block, reduction)  what is stored once a block (its scale)
 //   load_block(block, x[kBlock]), store_block(block, x[kBlock])   all of that, for a CPU
+//   are_numbers<n>(i)       whether n elements, of whole blocks, are none of them NaN, for a CPU
 // Tensors in such a format are whole blocks. Only a momentum buffer may have one.
 //
-// A format of 16-bit columns alone may have load_pair(i, x[2]) and store_pair(i, x[2]): elements i and i + 1, x as for
-// packs. A parameter's format may also have
+// A format whose numbers have 16 bits may have load_pair(i, x[2]) and store_pair(i, x[2]): elements i and i + 1, x as
+// for packs. A parameter's format may also have
 //   kBatch                  store_pack of so many elements is much cheaper than single ones. Packs of such a format
 //                           begin at multiples of their size, counted from logical element 0
 //   kConvertsMany           whether packs are better brought into an array of numbers before a CPU computes on them
 //   Draw, draws<n>(i), store(i, x, draw)  random bits, which are drawn for n elements from i on, a multiple of n, with
-//                           much less work than one by one: draws<n>(i).draw[k] is what store(i + k, x) would draw
+//                           much less work than one by one: draws<n>(i).draw[k] is what store(i + k, x) would draw.
+//                           Its store_pair is store_pair(i, x[2], draws), both draws in one word
+//   is_finite<n>(i), Finite whether n elements are finite, all of them, and what loads them faster then, for a CPU
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //
 // A new format is a class and its lines in combinations.h.

@@ -38,8 +38,6 @@ const at::Tensor* local_tensor(PyObject* object) {
   return THPVariable_CheckExact(local.ptr()) ? &THPVariable_Unpack(local.ptr()) : nullptr;
 }
 
-// A tensor's gradient, by reference; null or undefined when it has none. (at::Tensor::grad() would warn for
-// non-leaves.)
 // The tensor, if it has elements in memory of its own, of the CPU or a GPU; else null.
 const at::Tensor* memory_of(const at::Tensor* tensor) {
   const bool has = tensor != nullptr && tensor->defined() && !tensor->unsafeGetTensorImpl()->is_python_dispatch() &&
