@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,28 +96,34 @@ def read_folder(folder: Path) -> list[Run]:
 
 
 def completed(runs: Sequence[Run], benchmark: str) -> list[Run]:
-    """The newest runs, each with rows of shapes and dtypes that it lacks, from the newest full run that has them.
+    """The newest runs, each with the configurations that it lacks, from the newest full run that has them.
 
-    Those runs stand under ``completed_by`` in the header: the shapes, by the file's name.
+    Those runs stand under ``completed_by`` in the header: what they add, by the file's name.
     """
     found = []
     for run in newest(runs, benchmark):
+        alike = [
+            other
+            for other in reversed(runs)
+            if (other.benchmark, other.machine, other.header["torch"]) == (benchmark, run.machine, run.header["torch"])
+            and other is not run
+            and not other.header["quick"]
+        ]
         rows, added = list(run.rows), dict[str, dict[str, None]]()
-        for other in reversed(runs):
-            alike = (other.benchmark, other.machine, other.header["torch"]) == (
-                benchmark,
-                run.machine,
-                run.header["torch"],
-            )
-            if other is run or not alike or other.header["quick"]:
-                continue
-            there = {(row["shapes"], row["dtype"]) for row in rows}
+        shapes = {(row["shapes"], row["dtype"]) for row in rows}
+        for other in alike:
+            there = {_configuration(row) for row in rows}
             for row in other.rows:
-                if (row["shapes"], row["dtype"]) not in there:
+                if _configuration(row) not in there:
                     rows.append(row)
-                    added.setdefault(other.file.name, {})[f"{row['shapes']} · {row['dtype']}"] = None
+                    threads = f" · {row['threads']} threads" if (row["shapes"], row["dtype"]) in shapes else ""
+                    added.setdefault(other.file.name, {})[f"{row['shapes']} · {row['dtype']}{threads}"] = None
         found.append(replace(run, rows=rows, header={**run.header, "completed_by": added}))
     return found
+
+
+def _configuration(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row.get("task"), row["shapes"], row["dtype"], row["threads"]
 
 
 def newest(runs: Iterable[Run], benchmark: str) -> list[Run]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import markdown as md
-from .files import Run, newest
+from .files import Run, completed
 from .plots import Plots
 
 
 def report_section(runs: Sequence[Run], plots: Plots) -> str:
     """Of each machine and torch: a table."""
     parts = ["## Around the step\n"]
-    for run in newest(runs, "around"):
+    for run in completed(runs, "around"):
         parts.append(md.heading(run))
         lines = []
         for torchs, ours in zip(run.rows[::2], run.rows[1::2], strict=True):

@@ -158,7 +158,7 @@ def test_older_runs_complete_the_newest() -> None:
             "quick": quick,
             "date": str(date),
         }
-        rows = [{"shapes": name, "dtype": "float32", "date": date} for name in shapes]
+        rows = [{"shapes": name, "dtype": "float32", "threads": 1, "date": date} for name in shapes]
         return files.Run(Path(f"{date}.json"), header, rows)
 
     runs = [run(1, "a", "b", "c"), run(2, "b", "d"), run(3, "e", quick=True), run(4, "a")]
