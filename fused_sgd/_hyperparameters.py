@@ -99,6 +99,8 @@ def check_grad_scale(grad_scale: Any) -> float | None:
     if grad_scale is None:
         return None
     try:
+        if isinstance(grad_scale, (str, bytes)):  # which float() takes
+            raise TypeError
         number = float(grad_scale)
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"grad_scale must be a number or a 1-element tensor, and is {grad_scale!r}") from error

@@ -232,13 +232,12 @@ class FusedSGD(Settling):
         scaler_is_stepping = "found_inf" in attributes
         try:
             scale, found_inf = attributes.get("grad_scale"), attributes.get("found_inf")
-            if _on_gpu(found_inf):
-                check_one_element("found_inf", found_inf)
-            elif overflowed(found_inf):
-                self._forget_norms()
-                return
-            elif found_inf is not None:
-                found_inf = 0.0
+            check_one_element("found_inf", found_inf)
+            if not _on_gpu(found_inf):
+                if overflowed(found_inf):
+                    self._forget_norms()
+                    return
+                found_inf = None if found_inf is None else 0.0
             if _on_gpu(scale):
                 check_one_element("grad_scale", scale)
             else:

@@ -244,13 +244,19 @@ def test_a_hyperparameter_that_is_no_number(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "error"),
-    [(0, ValueError), (NAN, ValueError), (float("inf"), ValueError), ("x", TypeError), (torch.ones(2), TypeError)],
+    [(0, ValueError), (NAN, ValueError), (float("inf"), ValueError), ("2", TypeError), (torch.ones(2), TypeError)],
 )
 def test_a_bad_grad_scale(scale: Any, error: type[Exception]) -> None:
     optimizer, _ = ready()
     optimizer.grad_scale = scale
     assert_refused(optimizer, "grad_scale", error)
     assert optimizer.grad_scale is scale  # the user set it, the user keeps it
+
+
+def test_a_found_inf_of_two_elements() -> None:
+    optimizer, _ = ready()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.zeros(2)
+    assert_refused(optimizer, r"found_inf must be .* of shape \(2,\)", TypeError)
 
 
 @pytest.mark.parametrize("key", ["max_grad_norm", "ema_decay"])
