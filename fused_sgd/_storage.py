@@ -43,7 +43,7 @@ def split_join(high: Tensor, low: Tensor) -> Tensor:
 
 
 def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of Salmon et al., `Parallel random numbers: as easy as 1, 2, 3
+    """Philox4x32-7 of Salmon et al., `Parallel random numbers: as easy as 1, 2, 3
     <https://doi.org/10.1145/2063384.2063405>`_.
 
     Args:
@@ -55,7 +55,7 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Ten
     """  # noqa: D205
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         high0, low0 = _multiply(0xD2511F53, c0)
         high1, low1 = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

@@ -25,8 +25,8 @@
 //   store(i, x, reduction)  element i, once its whole block was reduced
 //   store_pack(i, wide, x, reduction)  n elements of one block
 //   finish(block, reduction)  what is stored once a block (its scale)
-//   load_block(block, x[kBlock]), store_block(block, x[kBlock])   all of that, for a CPU
-//   are_numbers<n>(i)       whether n elements, of whole blocks, are none of them NaN, for a CPU
+//   load_block(block, x[kBlock]), store_block(block, x[kBlock])   all of that, for a CPU; and, for loops over two
+//                           neighbours in one word, the same with (block, even[kBlock / 2], odd[kBlock / 2])
 // Tensors in such a format are whole blocks. Only a momentum buffer may have one.
 //
 // A format whose numbers have 16 bits may have load_pair(i, x[2]) and store_pair(i, x[2]): elements i and i + 1, x as
@@ -34,11 +34,17 @@
 //   kBatch                  store_pack of so many elements is much cheaper than single ones. Packs of such a format
 //                           begin at multiples of their size, counted from logical element 0
 //   kConvertsMany           whether packs are better brought into an array of numbers before a CPU computes on them
-//   Draw, draws<n>(i), store(i, x, draw)  random bits, which are drawn for n elements from i on, a multiple of n, with
-//                           much less work than one by one: draws<n>(i).draw[k] is what store(i + k, x) would draw.
+//   Draw, draw(i, n, draws), store(i, x, draw)  random bits, which are drawn for n elements from i on, multiples of
+//                           kBatch, with much less work than one by one: draws[k] is what store(i + k, x) would draw.
 //                           Its store_pair is store_pair(i, x[2], draws), both draws in one word
-//   is_finite<n>(i), Finite whether n elements are finite, all of them, and what loads them faster then, for a CPU
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
+//
+// For a CPU any format may have
+//   are_below<n>(limit, i)  whether the magnitudes of n elements, of whole blocks, are below a limit, all of them. A
+//   limit
+//                           of infinity asks whether they are finite
+//   LoadsFinite             loads elements that are known to be finite faster
+//   StoresFinite            stores numbers that are known to be finite faster
 //
 // A new format is a class and its lines in combinations.h.
 #pragma once
@@ -200,7 +206,35 @@ FSGD_INLINE T identity(T x) {
 }
 
 using Float64 = Plain<double, double, identity<double>, identity<double>>;
-using Float32 = Plain<float, float, identity<float>, identity<float>>;
+
+// Whether the magnitudes of n numbers from x on are below a limit, all of them. As bits they are ordered as numbers
+// are, with NaNs above infinity. The limit has no more bits than the numbers.
+template <int n>
+FSGD_INLINE bool are_below(float limit, const float* x) {
+  uint32_t largest = 0;
+  for (int k = 0; k < n; ++k) {
+    const uint32_t magnitude = bit_cast<uint32_t>(x[k]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < bit_cast<uint32_t>(limit);
+}
+template <int n>
+FSGD_INLINE bool are_below(float limit, const uint16_t* x) {
+  uint16_t largest = 0;
+  for (int k = 0; k < n; ++k) {
+    const uint16_t magnitude = x[k] & 0x7FFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < bit_cast<uint32_t>(limit) >> 16;
+}
+
+struct Float32 : Plain<float, float, identity<float>, identity<float>> {
+  using Plain::Plain;
+  template <int n>
+  FSGD_INLINE bool are_below(float limit, int64_t i) const {
+    return fused_sgd::are_below<n>(limit, column.data + i);
+  }
+};
 
 // Two neighbours in one word are decoded and rounded where they stand: a CPU's loop over words needs none of the
 // instructions that widen and pack 16-bit numbers.
@@ -213,14 +247,30 @@ struct BFloat16 : Plain<uint16_t, float, bfloat16_to_float, float_to_bfloat16> {
     decode_pair(word, x);
   }
 
+  template <int n>
+  FSGD_INLINE bool are_below(float limit, int64_t i) const {
+    return fused_sgd::are_below<n>(limit, column.data + i);
+  }
+  struct StoresFinite {
+    const BFloat16& format;
+    FSGD_INLINE float store(int64_t i, float x) const { return format.store(i, x); }
+    FSGD_INLINE void store_pair(int64_t i, float (&x)[2]) const {
+      const uint32_t word = nearest(x[0]) >> 16 | (nearest(x[1]) & 0xFFFF0000u);
+      format.column.word(i) = word;
+      decode_pair(word, x);
+    }
+  };
+
  private:
   FSGD_INLINE static void decode_pair(uint32_t word, float (&x)[2]) {
     x[0] = bit_cast<float>(word << 16);
     x[1] = bit_cast<float>(word & 0xFFFF0000u);
   }
-  FSGD_INLINE static uint32_t rounded(float x) {  // float_to_bfloat16() in the upper half
+  // float_to_bfloat16() in the upper half.
+  FSGD_INLINE static uint32_t rounded(float x) { return x != x ? 0x7FC00000u : nearest(x); }
+  FSGD_INLINE static uint32_t nearest(float x) {  // of a number
     const uint32_t bits = bit_cast<uint32_t>(x);
-    return x != x ? 0x7FC00000u : bits + 0x7FFFu + (bits >> 16 & 1u);
+    return bits + 0x7FFFu + (bits >> 16 & 1u);
   }
 };
 using Float16 = Plain<uint16_t, float, float16_to_float, float_to_float16>;

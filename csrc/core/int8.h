@@ -34,12 +34,12 @@ struct Int8Momentum {
   FSGD_INLINE float load(int64_t i, float scale) const { return decode(codes.data[i], scale); }
   FSGD_INLINE float load(int64_t i) const { return load(i, open(i / kBlock)); }
 
-  // Whether n elements, of whole blocks, are numbers, all of them: none is NaN, and so none unset.
+  // By their scales.
   template <int n>
-  FSGD_INLINE bool are_numbers(int64_t i) const {
-    bool finite = true;
-    for (int k = 0; k < n; k += kBlock) finite = finite && open((i + k) / kBlock) == open((i + k) / kBlock);
-    return finite;
+  FSGD_INLINE bool are_below(float limit, int64_t i) const {
+    bool below = true;
+    for (int k = 0; k < n; k += kBlock) below = below && open((i + k) / kBlock) < limit / 128;
+    return below;
   }
 
   // The largest magnitude as bits, which are ordered as magnitudes are, with infinities and NaNs above all others: the
@@ -57,7 +57,7 @@ struct Int8Momentum {
   FSGD_INLINE void store(int64_t i, float x, Reduction reduction) const {
     codes.data[i] = encode(x, inverse(reduction));
   }
-  FSGD_INLINE void finish(int64_t block, Reduction reduction) const { scales[block] = scale(reduction); }
+  FSGD_INLINE float finish(int64_t block, Reduction reduction) const { return scales[block] = scale(reduction); }
 
   FSGD_INLINE void load_block(int64_t block, float (&x)[kBlock]) const {
     const float scale = scales[block];
@@ -71,14 +71,47 @@ struct Int8Momentum {
   FSGD_INLINE void store_block(int64_t block, const float (&x)[kBlock]) const {
     Reduction reduction;
     for (int k = 0; k < kBlock; ++k) reduce(reduction, x[k]);
-    const float scale = this->scale(reduction), inverse = divide(1.0f, scale);
-    scales[block] = scale;
+    const float scale = finish(block, reduction), inverse = divide(1.0f, scale);
     int8_t* code = codes.data + block * kBlock;
     if (scale != scale) {
       for (int k = 0; k < kBlock; ++k) code[k] = 0;
     } else {
-      for (int k = 0; k < kBlock; ++k) {
-        code[k] = static_cast<int8_t>(static_cast<uint8_t>(bit_cast<uint32_t>(multiply(x[k], inverse) + 12582912.0f)));
+      for (int k = 0; k < kBlock; ++k) code[k] = static_cast<int8_t>(static_cast<uint8_t>(shifted(x[k], inverse)));
+    }
+  }
+
+  // The same with the elements of even numbers apart from those of odd ones, for loops over two neighbours in one word.
+  FSGD_INLINE void load_block(int64_t block, float (&even)[kBlock / 2], float (&odd)[kBlock / 2]) const {
+    const float scale = scales[block];
+    const int8_t* code = codes.data + block * kBlock;
+    if (scale != scale) {
+      for (int k = 0; k < kBlock / 2; ++k) even[k] = odd[k] = scale;
+    } else {
+      for (int k = 0; k < kBlock / 2; ++k) {
+        int16_t two;
+        __builtin_memcpy(&two, code + 2 * k, sizeof(two));
+        const auto first = static_cast<int16_t>(static_cast<int16_t>(two << 8) >> 8);
+        const auto second = static_cast<int16_t>(two >> 8);
+        even[k] = multiply(static_cast<float>(first), scale);
+        odd[k] = multiply(static_cast<float>(second), scale);
+      }
+    }
+  }
+  FSGD_INLINE void store_block(int64_t block, const float (&even)[kBlock / 2], const float (&odd)[kBlock / 2]) const {
+    Reduction reduction;
+    for (int k = 0; k < kBlock / 2; ++k) {
+      reduce(reduction, even[k]);
+      reduce(reduction, odd[k]);
+    }
+    const float scale = finish(block, reduction), inverse = divide(1.0f, scale);
+    int8_t* code = codes.data + block * kBlock;
+    if (scale != scale) {
+      for (int k = 0; k < kBlock; ++k) code[k] = 0;
+    } else {
+      for (int k = 0; k < kBlock / 2; ++k) {
+        const auto two =
+            static_cast<uint16_t>((shifted(even[k], inverse) & 0xFFu) | (shifted(odd[k], inverse) & 0xFFu) << 8);
+        __builtin_memcpy(code + 2 * k, &two, sizeof(two));
       }
     }
   }
@@ -131,8 +164,10 @@ struct Int8Momentum {
   // Rounds to nearest even, where fp32 has a step of one; the code is then the lower byte. With an inverse of zero
   // infinities and NaNs have any bits, and become 0.
   FSGD_INLINE static int8_t encode(float x, float inverse) {
-    const uint32_t bits = bit_cast<uint32_t>(multiply(x, inverse) + 12582912.0f);
-    return static_cast<int8_t>(static_cast<uint8_t>(inverse == 0.0f ? 0u : bits));
+    return static_cast<int8_t>(static_cast<uint8_t>(inverse == 0.0f ? 0u : shifted(x, inverse)));
+  }
+  FSGD_INLINE static uint32_t shifted(float x, float inverse) {
+    return bit_cast<uint32_t>(multiply(x, inverse) + 12582912.0f);
   }
 };
 

@@ -53,22 +53,26 @@ struct SplitBFloat16 {
     return x;
   }
 
-  // Whether n elements are finite, all of them. Then they may be read as Finite does, without a look at each.
   template <int n>
-  FSGD_INLINE bool is_finite(int64_t i) const {
+  FSGD_INLINE bool are_below(float limit, int64_t i) const {
     uint16_t largest = 0;
     for (int k = 0; k < n; ++k) {
       const auto upper = static_cast<uint16_t>(parameter.data[i + k] + (remainder.data[i + k] >> 15));  // of their sum
       const auto exponent = static_cast<uint16_t>(upper & 0x7F80u);
       largest = exponent > largest ? exponent : largest;
     }
-    return largest != 0x7F80u;
+    return largest < bit_cast<uint32_t>(limit) >> 16;
   }
-  struct Finite {
+  struct LoadsFinite {
     const SplitBFloat16& format;
     FSGD_INLINE float load(int64_t i) const {
       const uint32_t high = format.parameter.data[i];
       return bit_cast<float>((high << 16) + static_cast<uint32_t>(static_cast<int32_t>(format.remainder.data[i])));
+    }
+    FSGD_INLINE void load_pair(int64_t i, float (&x)[2]) const {
+      const uint32_t high = format.parameter.word(i), low = format.remainder.word(i);
+      x[0] = bit_cast<float>((high << 16) + extended(low << 16));
+      x[1] = bit_cast<float>((high & 0xFFFF0000u) + extended(low));
     }
   };
 

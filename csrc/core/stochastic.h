@@ -3,7 +3,7 @@
 //
 // Which random bits an element gets is fixed, so that any chunks, any instruction set and CUDA give the same result:
 //
-//   Philox4x32-10, key      word 0, 1 = the seed's lower and upper half
+//   Philox4x32-7,  key      word 0, 1 = the seed's lower and upper half
 //                  counter  word 0 = call's lower 32 bits
 //                           word 1 = call's next 16 bits | (step's bits 32 to 47) << 16
 //                           word 2 = step's lower 32 bits
@@ -54,18 +54,18 @@ class RandomBits {
     return static_cast<Draw>((bit < 64 ? low : high) >> bit % 64);
   }
 
-  // Of n elements from i on, a multiple of n.
+  // Of n elements from i on, both multiples of a call's.
+  FSGD_INLINE void draw(int64_t i, int n, Draw* draws) const { philox(counter(i), key_, draws, n / kPerCall); }
+
   template <int n>
   struct Draws {
-    Draw draw[n];
+    alignas(16) Draw draw[n];
   };
   template <int n>
   FSGD_INLINE Draws<n> draws(int64_t i) const {
-    struct Calls {
-      PhiloxWords words[n / kPerCall];
-    } calls;
-    philox(counter(i), key_, calls.words, n / kPerCall);
-    return bit_cast<Draws<n>>(calls);
+    Draws<n> draws;
+    draw(i, n, draws.draw);
+    return draws;
   }
 
  private:
@@ -139,11 +139,7 @@ struct Stochastic {
     return kDecode(stored);
   }
 
-  // Of n elements from i on, a multiple of n.
-  template <int n>
-  FSGD_INLINE auto draws(int64_t i) const {
-    return random.template draws<n>(i);
-  }
+  FSGD_INLINE void draw(int64_t i, int n, Draw* draws) const { random.draw(i, n, draws); }
 
   template <int n>
   FSGD_INLINE void prefetch(int64_t i) const {
@@ -185,19 +181,41 @@ struct StochasticBFloat16 : Stochastic<uint16_t, bfloat16_to_float, round_stocha
   }
   // draws: of the first element in the lower half.
   FSGD_INLINE void store_pair(int64_t i, float (&x)[2], uint32_t draws) const {
-    const uint32_t first = rounded(x[0], draws & 0xFFFFu) >> 16, second = rounded(x[1], draws >> 16) & 0xFFFF0000u;
-    parameter.word(i) = first | second;
-    x[0] = bit_cast<float>(first << 16);
-    x[1] = bit_cast<float>(second);
+    store_pair(i, rounded(x[0], draws & 0xFFFFu), rounded(x[1], draws >> 16), x);
   }
+
+  template <int n>
+  FSGD_INLINE bool are_below(float limit, int64_t i) const {
+    return fused_sgd::are_below<n>(limit, parameter.data + i);
+  }
+  struct StoresFinite {
+    const StochasticBFloat16& format;
+    FSGD_INLINE float store(int64_t i, float x, Draw draw) const {
+      const auto stored = static_cast<uint16_t>((bit_cast<uint32_t>(x) + draw) >> 16);
+      format.parameter.data[i] = stored;
+      return bfloat16_to_float(stored);
+    }
+    FSGD_INLINE void store_pair(int64_t i, float (&x)[2], uint32_t draws) const {
+      format.store_pair(i, bit_cast<uint32_t>(x[0]) + (draws & 0xFFFFu), bit_cast<uint32_t>(x[1]) + (draws >> 16), x);
+    }
+  };
 
  private:
   // round_stochastically_bfloat16() in the upper half. Beyond the largest finite value one half is added, which rounds
   // to nearest: a tie goes to infinity, whose bits are even.
   FSGD_INLINE static uint32_t rounded(float x, uint32_t draw) {
     const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t added = (bits & 0x7FFFFFFFu) > 0x7F7F0000u ? 0x8000u : draw;
+    const float magnitude = bit_cast<float>(bits & 0x7FFFFFFFu);  // float: compilers have a comparison less for it
+    const uint32_t added = magnitude > bit_cast<float>(0x7F7F0000u) ? 0x8000u : draw;
     return x != x ? 0x7FC00000u : bits + added;
+  }
+  // The upper halves; x becomes what a load would now give.
+  FSGD_INLINE void store_pair(int64_t i, uint32_t first, uint32_t second, float (&x)[2]) const {
+    first >>= 16;
+    second &= 0xFFFF0000u;
+    parameter.word(i) = first | second;
+    x[0] = bit_cast<float>(first << 16);
+    x[1] = bit_cast<float>(second);
   }
 };
 using StochasticFloat16 = Stochastic<uint32_t, float16_to_float, round_stochastically_float16>;

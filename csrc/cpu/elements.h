@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "../core/formats.h"
 #include "../core/rule.h"
@@ -51,9 +52,13 @@ inline constexpr bool kStaged = requires { requires F::kConvertsMany; };
 template <class F>
 inline constexpr bool kDraws = requires { typename F::Draw; };
 
-// Whether a look at many elements can tell that each is finite, and they are read faster then.
+// Whether a look at many elements can tell that none is large; and whether finite ones are loaded or stored faster.
 template <class F>
-inline constexpr bool kReadsFinite = requires { typename F::Finite; };
+inline constexpr bool kTellsLarge = requires(const F& format) { format.template are_below<64>(1.0f, 0); };
+template <class F>
+inline constexpr bool kLoadsFinite = requires { typename F::LoadsFinite; };
+template <class F>
+inline constexpr bool kStoresFinite = requires { typename F::StoresFinite; };
 
 // Elements from `first` on, in an array.
 template <class T>
@@ -64,20 +69,70 @@ struct Array {
   FSGD_INLINE T store(int64_t i, T value) const { return x[i - first] = value; }
 };
 
+// n elements from `first` on, an even number: those of even numbers before those of odd ones.
+template <int n>
+struct PairedArray {
+  float* x;
+  int64_t first;
+  // Of two neighbours the first. (An index, which halves i, would be no straight line to compilers.)
+  FSGD_INLINE float* pair(int64_t i) const {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(x) + (i - first) * static_cast<int64_t>(sizeof(float) / 2));
+  }
+  FSGD_INLINE void load_pair(int64_t i, float (&two)[2]) const {
+    two[0] = pair(i)[0];
+    two[1] = pair(i)[n / 2];
+  }
+  FSGD_INLINE void store_pair(int64_t i, const float (&two)[2]) const {
+    pair(i)[0] = two[0];
+    pair(i)[n / 2] = two[1];
+  }
+};
+
 // A format to store in, with the random bits of elements from `first` on.
-template <class F>
+template <class F, class Draw>
 struct Drawn {
-  const F& format;
-  const typename F::Draw* draw;
+  F format;
+  const Draw* draw;
   int64_t first;
   FSGD_INLINE float store(int64_t i, float x) const { return format.store(i, x, draw[i - first]); }
   FSGD_INLINE void store_pair(int64_t i, float (&x)[2]) const
-    requires kInPairs<F>
+    requires requires(uint32_t draws) { format.store_pair(i, x, draws); }
   {
     uint32_t draws;
     __builtin_memcpy(&draws, draw + (i - first), sizeof(draws));
     format.store_pair(i, x, draws);
   }
+};
+
+// The random bits of a format's elements before `end`, drawn for many at once. They are asked for in their order.
+template <class F>
+class Draws {
+ public:
+  FSGD_INLINE Draws(const F& format, int64_t end) : format_(format), end_(end) {}
+
+  // Of n elements from i on.
+  FSGD_INLINE const typename F::Draw* of(int64_t i, int64_t n) {
+    if (i + n > drawn_) {
+      const int64_t count = std::min<int64_t>(end_ - i + F::kBatch - 1, kAtOnce) / F::kBatch * F::kBatch;
+      format_.draw(i, static_cast<int>(count), draw_);
+      first_ = i;
+      drawn_ = i + count;
+    }
+    return draw_ + (i - first_);
+  }
+
+ private:
+  static constexpr int kAtOnce = 512;
+  F format_;  // a copy: to compilers, calls that fill draw_ could change whatever stands beside it
+  int64_t end_, first_ = 0, drawn_ = 0;  // draw_ is of elements [first_, drawn_)
+  alignas(64) typename F::Draw draw_[kAtOnce];
+};
+// Of a format that draws none.
+template <class F>
+  requires(!kDraws<F>)
+class Draws<F> {
+ public:
+  FSGD_INLINE Draws(const F&, int64_t) {}
 };
 
 template <class F, class T, int n>
@@ -108,7 +163,9 @@ class Loop {
         grad_(columns + P::kColumns),
         momentum_(columns + P::kColumns + G::kColumns),
         ema_(K::kEma ? static_cast<Acc*>(columns[P::kColumns + G::kColumns + M::kColumns]) : nullptr),
-        h_(narrowed<K>(hyperparameters)) {}
+        h_(narrowed<K>(hyperparameters)) {
+    if constexpr (kForesees) moderate_ = moderate(h_);
+  }
 
   // Elements [begin, end), one by one, where no format is in blocks.
   FSGD_INLINE void by_element(int64_t begin, int64_t end) const {
@@ -117,29 +174,30 @@ class Loop {
 
   // Elements [begin, end). Where there are batches it begins with one, because chunks are whole batches.
   FSGD_INLINE void run(int64_t begin, int64_t end) const {
+    Draws<P> draws(param_, end);
     if constexpr (kCallsAhead || kBatch > 1) {
       for (; begin + kStrip <= end; begin += kStrip) {
         if (kCallsAhead && begin + kAhead < end) call(begin + kAhead);
-        strip(begin);
+        strip(begin, draws);
       }
     }
     if (begin == end) return;
     if constexpr (kInBlocks) {  // tensors in blocks are whole blocks
-      for (; begin < end; begin += M::kBlock) batch<M::kBlock>(begin);
+      for (; begin < end; begin += M::kBlock) batch<M::kBlock>(begin, draws);
     } else if constexpr (kDraws<P>) {
-      const auto draws = param_.template draws<kBatch>(begin);
-      each<kStep, false>(param_, grad_, momentum_, Drawn<P>{param_, draws.draw, begin}, momentum_, begin, end);
+      const Drawn drawn{param_, draws.of(begin, end - begin), begin};
+      each<kStep, false>(param_, grad_, momentum_, drawn, momentum_, begin, end);
     } else {
       each<kStep, false>(param_, grad_, momentum_, param_, momentum_, begin, end);
     }
   }
 
  private:
-  static constexpr int kBatch = std::max({kBatchOf<P>, kBatchOf<G>, kBatchOf<M>});
   static constexpr bool kInBlocks = K::kMomentum && M::kBlock > 1;
+  static constexpr int kBatch = std::max({kBatchOf<P>, kBatchOf<G>, kBatchOf<M>});
   static constexpr bool kStagesMomentum = K::kMomentum && kStaged<M>;
   static constexpr bool kArrayOfMomentum = kInBlocks || kStagesMomentum;
-  static constexpr int kStep = kInPairs<P> && kInPairs<G> && kInPairs<M> ? 2 : 1;  // two of 16 bits in one word
+  static constexpr int kStep = kInPairs<P> && kInPairs<G> && (kInPairs<M> || kInBlocks) ? 2 : 1;  // two in one word
   // Conversions take so many instructions that a processor sees too little of the memory ahead, and has to be told.
   // Where nothing is narrower than 32 bits, telling costs more than it gives.
   template <class F>
@@ -150,6 +208,9 @@ class Loop {
 #else
   static constexpr bool kSelects = kCallsAhead;
 #endif
+  // Whether a look at a batch can tell that what the rule makes of it is finite. Where nothing is drawn it costs more
+  // than it gives.
+  static constexpr bool kForesees = kDraws<P> && kTellsLarge<P> && kTellsLarge<G> && (kTellsLarge<M> || !K::kMomentum);
   static constexpr int kStrip = kBatch > 1 ? kBatch : 32;  // elements that are called together
   static constexpr int kAhead = 256;                       // elements
 
@@ -160,9 +221,9 @@ class Loop {
     if constexpr (K::kEma) Column<Acc>(ema_).template prefetch<kStrip>(i);
   }
 
-  FSGD_INLINE void strip(int64_t begin) const {
+  FSGD_INLINE void strip(int64_t begin, Draws<P>& draws) const {
     if constexpr (kBatch > 1) {
-      batch<kBatch>(begin);
+      batch<kBatch>(begin, draws);
     } else {
       each<kStep, false>(param_, grad_, momentum_, param_, momentum_, begin, begin + kStrip);
     }
@@ -187,38 +248,51 @@ class Loop {
         for (int k = 0; k < kStep; ++k) average<kSelects>(h_, p[k], ema_[i + k]);
       }
     }
-    if constexpr (kStep > 1) {
+    if constexpr (kStep > 1 && !kInBlocks) {  // blocks are even
       if (steps_end < end) each<1, kIsSet>(param, grad, momentum, param_out, momentum_out, steps_end, end);
     }
   }
 
   // Elements [first, first + n).
   template <int n>
-  FSGD_INLINE void batch(int64_t first) const {
-    if constexpr (kInBlocks) {
-      bool finite = momentum_.template are_numbers<n>(first);
-      if constexpr (kReadsFinite<P>) finite = finite && param_.template is_finite<n>(first);
-      if (finite) return batch<n, true>(first);
+  FSGD_INLINE void batch(int64_t first, Draws<P>& draws) const {
+    if constexpr (kForesees || kInBlocks) {
+      if (is_finite<n>(first)) return batch<n, true>(first, draws);
     }
-    batch<n, false>(first);
+    batch<n, false>(first, draws);
   }
 
-  // kFinite: the momentum, in blocks, is known to be set, and a parameter that kReadsFinite to be finite.
+  // Whether n elements are known to be finite, where it makes loads and stores faster: the momentum, which then is not
+  // unset, and the parameter; with kForesees everything, before the step and after it.
+  template <int n>
+  FSGD_INLINE bool is_finite(int64_t first) const {
+    constexpr float kLimit = kForesees ? kModerate : std::numeric_limits<float>::infinity();
+    bool below = kForesees ? moderate_ : true;
+    if constexpr (K::kMomentum) below = below && momentum_.template are_below<n>(kLimit, first);
+    if constexpr (kForesees || kLoadsFinite<P>) below = below && param_.template are_below<n>(kLimit, first);
+    if constexpr (kForesees) below = below && grad_.template are_below<n>(kLimit, first);
+    return below;
+  }
+
   template <int n, bool kFinite>
-  FSGD_INLINE void batch(int64_t first) const {
+  FSGD_INLINE void batch(int64_t first, [[maybe_unused]] Draws<P>& draws) const {
     alignas(64) Acc p[n], b[n];
     alignas(64) typename G::Acc g[n];
     if constexpr (kStaged<P>) P::unpack(param_.template load_pack<n>(first, false), p);
     if constexpr (kStaged<G>) G::unpack(grad_.template load_pack<n>(first, false), g);
     if constexpr (kStagesMomentum) M::unpack(momentum_.template load_pack<n>(first, false), b);
-    if constexpr (kInBlocks) each_block(first, b, [&](int64_t block, auto& x) { momentum_.load_block(block, x); });
+    if constexpr (kInBlocks) {
+      const auto load = [&](int64_t block, auto&... x)
+                            __attribute__((always_inline)) { momentum_.load_block(block, x...); };
+      each_block(first, b, load);
+    }
     const auto param_out = staged<kStaged<P>>(param_, p, first);
-    const auto param = readable<kFinite>(param_out);
+    const auto param = loads<kFinite>(param_out);
     const auto grad = staged<kStaged<G>>(grad_, g, first);
-    const auto momentum = staged<kArrayOfMomentum>(momentum_, b, first);
+    const auto momentum = staged_momentum(b, first);
     if constexpr (kDraws<P>) {
-      const auto draws = param_.template draws<n>(first);
-      each<kStep, kFinite>(param, grad, momentum, Drawn<P>{param_, draws.draw, first}, momentum, first, first + n);
+      const Drawn drawn{stores<kFinite>(param_), draws.of(first, n), first};
+      each<kStep, kFinite>(param, grad, momentum, drawn, stores<kFinite>(momentum), first, first + n);
     } else {
       each<kStep, kFinite>(param, grad, momentum, param_out, momentum, first, first + n);
       if constexpr (kStaged<P>) {
@@ -229,7 +303,11 @@ class Loop {
       }
     }
     if constexpr (kStagesMomentum) momentum_.store_pack(first, false, b);
-    if constexpr (kInBlocks) each_block(first, b, [&](int64_t block, auto& x) { momentum_.store_block(block, x); });
+    if constexpr (kInBlocks) {
+      const auto store = [&](int64_t block, auto&... x)
+                             __attribute__((always_inline)) { momentum_.store_block(block, x...); };
+      each_block(first, b, store);
+    }
   }
 
   template <bool kIsStaged, class F, class T>
@@ -241,19 +319,43 @@ class Loop {
     }
   }
 
+  template <int n>
+  FSGD_INLINE auto staged_momentum(Acc (&b)[n], int64_t first) const {
+    if constexpr (kInBlocks && kStep == 2) {
+      return PairedArray<n>{b, first};
+    } else {
+      return staged<kArrayOfMomentum>(momentum_, b, first);
+    }
+  }
+
   template <bool kFinite, class F>
-  FSGD_INLINE static auto readable(const F& format) {
-    if constexpr (kFinite && kReadsFinite<F>) {
-      return typename F::Finite{format};
+  FSGD_INLINE static auto loads(const F& format) {
+    if constexpr (kFinite && kLoadsFinite<F>) {
+      return typename F::LoadsFinite{format};
+    } else {
+      return format;
+    }
+  }
+  template <bool kFinite, class F>
+  FSGD_INLINE static auto stores(const F& format) {
+    if constexpr (kFinite && kForesees && kStoresFinite<F>) {
+      return typename F::StoresFinite{format};
     } else {
       return format;
     }
   }
 
+  // run(block, its elements), or run(block, its even elements, its odd ones) where two are in one word.
   template <int n, class F>
   FSGD_INLINE static void each_block(int64_t first, float (&x)[n], F run) {
     for (int k = 0; k < n; k += M::kBlock) {
-      run((first + k) / M::kBlock, *reinterpret_cast<float (*)[M::kBlock]>(x + k));
+      const int64_t block = (first + k) / M::kBlock;
+      if constexpr (kStep == 2) {
+        using Half = float[M::kBlock / 2];
+        run(block, reinterpret_cast<Half&>(x[k / 2]), reinterpret_cast<Half&>(x[n / 2 + k / 2]));
+      } else {
+        run(block, reinterpret_cast<float (&)[M::kBlock]>(x[k]));
+      }
     }
   }
 
@@ -262,6 +364,7 @@ class Loop {
   M momentum_;
   Acc* ema_;
   Hyperparameters<Acc> h_;
+  bool moderate_ = false;  // h_, if kForesees
 };
 
 // The sums of squares of n whole tiles, by the scheme of squares.h. load(i): element i, from the first tile's first on.

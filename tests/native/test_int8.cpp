@@ -182,6 +182,17 @@ int blocks_equal_elements() {
     for (int k = 0; k < kBlock; ++k) {
       CHECK(bit_cast<uint32_t>(loaded[k]) == bit_cast<uint32_t>(single.format().load(k)));
     }
+
+    Coded<kBlock> apart(kBlock);
+    float even[kBlock / 2], odd[kBlock / 2];
+    for (int k = 0; k < kBlock; ++k) (k % 2 == 0 ? even : odd)[k / 2] = x[k];
+    apart.format().store_block(0, even, odd);
+    CHECK(apart.codes == single.codes);
+    CHECK(bit_cast<uint32_t>(apart.scales[0]) == bit_cast<uint32_t>(single.scales[0]));
+    apart.format().load_block(0, even, odd);
+    for (int k = 0; k < kBlock; ++k) {
+      CHECK(bit_cast<uint32_t>((k % 2 == 0 ? even : odd)[k / 2]) == bit_cast<uint32_t>(loaded[k]));
+    }
   }
   return failures;
 }
