@@ -1,6 +1,8 @@
 // One column of a storage format: consecutive numbers in memory, accessed one by one or in packs.
 #pragma once
 
+#include <bit>
+
 #include "arithmetic.h"
 
 namespace fused_sgd {
@@ -12,6 +14,7 @@ struct Column {
   FSGD_INLINE explicit Column(void* column) : data(static_cast<Element*>(column)) {}
 
   // Two elements of 16 bits, the first one in the lower half.
+  static_assert(std::endian::native == std::endian::little);
   typedef uint32_t Word __attribute__((aligned(2), may_alias));
   FSGD_INLINE Word& word(int64_t i) const {
     static_assert(sizeof(Element) == 2);

@@ -35,14 +35,14 @@
 //                           begin at multiples of their size, counted from logical element 0
 //   kConvertsMany           whether packs are better brought into an array of numbers before a CPU computes on them
 //   Draw, draw(i, n, draws), store(i, x, draw)  random bits, which are drawn for n elements from i on, multiples of
-//                           kBatch, with much less work than one by one: draws[k] is what store(i + k, x) would draw.
-//                           Its store_pair is store_pair(i, x[2], draws), both draws in one word
+//                           kBatch, within 512 elements from a multiple of 512, with much less work than one by one:
+//                           draws[k] is what store(i + k, x) would draw. Its store_pair is store_pair(i, x[2], draws),
+//                           both draws in one word
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //
 // For a CPU any format may have
-//   are_below<n>(limit, i)  whether the magnitudes of n elements, of whole blocks, are below a limit, all of them. A
-//   limit
-//                           of infinity asks whether they are finite
+//   are_below<n>(limit, i)  whether the magnitudes of n elements, of whole blocks, are below a limit, all of them: a
+//                           power of two, 2 or more, or infinity, which asks whether they are finite
 //   LoadsFinite             loads elements that are known to be finite faster
 //   StoresFinite            stores numbers that are known to be finite faster
 //
@@ -207,25 +207,27 @@ FSGD_INLINE T identity(T x) {
 
 using Float64 = Plain<double, double, identity<double>, identity<double>>;
 
-// Whether the magnitudes of n numbers from x on are below a limit, all of them. As bits they are ordered as numbers
-// are, with NaNs above infinity. The limit has no more bits than the numbers.
-template <int n>
-FSGD_INLINE bool are_below(float limit, const float* x) {
-  uint32_t largest = 0;
+// Whether the magnitudes of n numbers from x on, of fp32 or bf16, are below a limit, all of them: a power of two, 2
+// or more, or infinity. As bits magnitudes are ordered as numbers are, with NaNs above infinity.
+template <int n, class Element>
+FSGD_INLINE bool are_below(float limit, const Element* x) {
+  constexpr int kBits = 8 * sizeof(Element);
+  using Bits = std::conditional_t<kBits == 16, uint16_t, uint32_t>;
+  // Most often all are below 2: no exponent has its first bit.
+  constexpr uint64_t kFirst = kBits == 16 ? 0x4000400040004000u : 0x4000000040000000u;
+  uint64_t any = 0;
+  for (int k = 0; k < n; k += 64 / kBits) {
+    uint64_t some;
+    __builtin_memcpy(&some, x + k, sizeof(some));
+    any |= some;
+  }
+  if ((any & kFirst) == 0) return true;
+  Bits largest = 0;
   for (int k = 0; k < n; ++k) {
-    const uint32_t magnitude = bit_cast<uint32_t>(x[k]) & 0x7FFFFFFFu;
+    const auto magnitude = static_cast<Bits>(bit_cast<Bits>(x[k]) & static_cast<Bits>(~(Bits{1} << (kBits - 1))));
     largest = magnitude > largest ? magnitude : largest;
   }
-  return largest < bit_cast<uint32_t>(limit);
-}
-template <int n>
-FSGD_INLINE bool are_below(float limit, const uint16_t* x) {
-  uint16_t largest = 0;
-  for (int k = 0; k < n; ++k) {
-    const uint16_t magnitude = x[k] & 0x7FFFu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest < bit_cast<uint32_t>(limit) >> 16;
+  return largest < bit_cast<uint32_t>(limit) >> (32 - kBits);
 }
 
 struct Float32 : Plain<float, float, identity<float>, identity<float>> {

@@ -34,11 +34,14 @@ struct Int8Momentum {
   FSGD_INLINE float load(int64_t i, float scale) const { return decode(codes.data[i], scale); }
   FSGD_INLINE float load(int64_t i) const { return load(i, open(i / kBlock)); }
 
-  // By their scales.
+  // By their scales, of which a code is at most 128 times, in someone else's numbers. So may a scale be negative there.
   template <int n>
   FSGD_INLINE bool are_below(float limit, int64_t i) const {
     bool below = true;
-    for (int k = 0; k < n; k += kBlock) below = below && open((i + k) / kBlock) < limit / 128;
+    for (int k = 0; k < n; k += kBlock) {
+      const float scale = open((i + k) / kBlock);
+      below = below && -limit / 128 < scale && scale < limit / 128;
+    }
     return below;
   }
 

@@ -98,7 +98,8 @@ FSGD_INLINE Lanes multiply(Lanes a, uint32_t b) {
 template <int kChains>
 FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, char* words) {
   using C = PhiloxConstants;
-  // Lanes in the order that makes the words of every second one a register, in the end, in the order of their calls.
+  // In the end even lanes' words become one register and odd lanes' another: even ones take the first half of the
+  // calls.
   Lanes call;
   for (int lane = 0; lane < kCount; ++lane) call[lane] = static_cast<uint64_t>(lane / 2 + lane % 2 * (kCount / 2));
   Lanes c0[kChains], c1[kChains], c2[kChains], c3[kChains];

@@ -171,8 +171,9 @@ struct Hyperparameters {
   }
 };
 
-// Of moderate numbers update() makes finite ones: elements below kModerate, beside hyperparameters for which moderate()
-// is true. Nothing overflows then, and nothing is NaN or unset:
+// Of moderate numbers update() makes finite ones: parameter, gradient and momentum of magnitudes below kModerate,
+// beside hyperparameters for which moderate() is true. (A grad_scale divides, and may enlarge without bound.) Nothing
+// overflows then, and nothing is NaN or unset:
 //   d  is below 2^40 * 2^15 + 2^40 * 2^15 = 2^56, times the trust ratio 2^71
 //   b  below 2^71 * 2^15 + 2^40 * 2^15 < 2^87, and with Nesterov momentum d then below 2^87 * 2^15 + 2^71 < 2^103
 //   p  below 2^40 * 2^15 + 2^103 * 2^15 < 2^119
@@ -182,9 +183,9 @@ FSGD_INLINE bool moderate(const Hyperparameters<float>& h) {
   constexpr float kLargest = 0x1p15f;
   const float all[] = {h.neg_lr,      h.momentum,     h.one_minus_dampening, h.weight_decay,
                        h.grad_factor, h.decay_factor, h.trust_ratio};
-  bool moderate = !h.has_grad_scale;
-  for (const float x : all) moderate = moderate && -kLargest <= x && x <= kLargest;
-  return moderate;
+  bool below = !h.has_grad_scale;
+  for (const float x : all) below = below && -kLargest <= x && x <= kLargest;
+  return below;
 }
 
 // What a momentum buffer or an average holds where nothing was accumulated yet: a NaN that no arithmetic makes. It is

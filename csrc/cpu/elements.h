@@ -54,7 +54,7 @@ inline constexpr bool kDraws = requires { typename F::Draw; };
 
 // Whether a look at many elements can tell that none is large; and whether finite ones are loaded or stored faster.
 template <class F>
-inline constexpr bool kTellsLarge = requires(const F& format) { format.template are_below<64>(1.0f, 0); };
+inline constexpr bool kTellsLarge = requires(const F& format) { format.template are_below<64>(2.0f, 0); };
 template <class F>
 inline constexpr bool kLoadsFinite = requires { typename F::LoadsFinite; };
 template <class F>
@@ -74,9 +74,11 @@ template <int n>
 struct PairedArray {
   float* x;
   int64_t first;
-  // Of two neighbours the first. (An index, which halves i, would be no straight line to compilers.)
+  // Of two neighbours the first: two elements on, the next float. (x[(i - first) / 2] hides from compilers that the
+  // address grows evenly with i.)
   FSGD_INLINE float* pair(int64_t i) const {
-    return reinterpret_cast<float*>(reinterpret_cast<char*>(x) + (i - first) * static_cast<int64_t>(sizeof(float) / 2));
+    constexpr int64_t kBytes = sizeof(float) / 2;
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(x) + (i - first) * kBytes);
   }
   FSGD_INLINE void load_pair(int64_t i, float (&two)[2]) const {
     two[0] = pair(i)[0];
@@ -94,6 +96,8 @@ struct Drawn {
   F format;
   const Draw* draw;
   int64_t first;
+  FSGD_INLINE Drawn(const F& its_format, const Draw* its_draw, int64_t i)
+      : format(its_format), draw(its_draw), first(i) {}
   FSGD_INLINE float store(int64_t i, float x) const { return format.store(i, x, draw[i - first]); }
   FSGD_INLINE void store_pair(int64_t i, float (&x)[2]) const
     requires requires(uint32_t draws) { format.store_pair(i, x, draws); }
@@ -113,7 +117,8 @@ class Draws {
   // Of n elements from i on.
   FSGD_INLINE const typename F::Draw* of(int64_t i, int64_t n) {
     if (i + n > drawn_) {
-      const int64_t count = std::min<int64_t>(end_ - i + F::kBatch - 1, kAtOnce) / F::kBatch * F::kBatch;
+      const int64_t most = kAtOnce - i % kAtOnce;  // as the first words of calls must not wrap around
+      const int64_t count = std::min<int64_t>(end_ - i + F::kBatch - 1, most) / F::kBatch * F::kBatch;
       format_.draw(i, static_cast<int>(count), draw_);
       first_ = i;
       drawn_ = i + count;
@@ -123,7 +128,8 @@ class Draws {
 
  private:
   static constexpr int kAtOnce = 512;
-  F format_;  // a copy: to compilers, calls that fill draw_ could change whatever stands beside it
+  static_assert(kAtOnce % F::kBatch == 0);
+  F format_;  // a copy: draw_ goes to a call, after which compilers take all that this refers to for changed
   int64_t end_, first_ = 0, drawn_ = 0;  // draw_ is of elements [first_, drawn_)
   alignas(64) typename F::Draw draw_[kAtOnce];
 };
@@ -262,8 +268,8 @@ class Loop {
     batch<n, false>(first, draws);
   }
 
-  // Whether n elements are known to be finite, where it makes loads and stores faster: the momentum, which then is not
-  // unset, and the parameter; with kForesees everything, before the step and after it.
+  // What a look at n elements tells: the momentum is set, and the parameter is finite where that makes loads faster;
+  // with kForesees all is finite, before the step and after it.
   template <int n>
   FSGD_INLINE bool is_finite(int64_t first) const {
     constexpr float kLimit = kForesees ? kModerate : std::numeric_limits<float>::infinity();
@@ -274,6 +280,7 @@ class Loop {
     return below;
   }
 
+  // kFinite: is_finite() said so.
   template <int n, bool kFinite>
   FSGD_INLINE void batch(int64_t first, [[maybe_unused]] Draws<P>& draws) const {
     alignas(64) Acc p[n], b[n];
@@ -367,21 +374,21 @@ class Loop {
   bool moderate_ = false;  // h_, if kForesees
 };
 
-// The sums of squares of n whole tiles, by the scheme of squares.h. load(i): element i, from the first tile's first on.
-// prefetch(i): element i, of the n tiles after these, will be wanted.
+// The sums of squares of n whole tiles, `apart` tiles from each other, by the scheme of squares.h; they go to [0],
+// [apart] and so on. load(i): element i, from the first tile's first on.
 //
-// Memory is read in its own order, of the tiles in turn: several streams are faster than one. (A compiler that turns
-// the loops over strips and tiles around would undo it: CMakeLists.txt.)
-template <int n, class Load, class Prefetch>
-FSGD_INLINE void square_tiles(Load load, Prefetch prefetch, double* squares) {
+// Memory is read in its own order, of the tiles in turn: several long streams are faster than one. (A compiler that
+// turns the loops over strips and tiles around would undo it: CMakeLists.txt.)
+template <int n, class Load>
+FSGD_INLINE void square_tiles(Load load, int64_t apart, double* squares) {
   constexpr int kStrip = 16;
   alignas(64) double lanes[n][kLanes] = {}, first[n][kLanes];
   const auto each_lane = [&](int row, auto add) {
     for (int strip = 0; strip < kLanes; strip += kStrip) {
       for (int tile = 0; tile < n; ++tile) {
-        prefetch((n + tile) * kTile + row + strip);
+        const int64_t begin = tile * apart * kTile + row;
         for (int lane = strip; lane < strip + kStrip; ++lane) {
-          add(first[tile][lane], lanes[tile][lane], static_cast<double>(load(tile * kTile + row + lane)));
+          add(first[tile][lane], lanes[tile][lane], static_cast<double>(load(begin + lane)));
         }
       }
     }
@@ -390,7 +397,7 @@ FSGD_INLINE void square_tiles(Load load, Prefetch prefetch, double* squares) {
     each_lane(row, [](double& first, double&, double x) { first = square(x); });
     each_lane(row + kLanes, [](double& first, double& sum, double x) { sum += add_square(first, x); });
   }
-  for (int tile = 0; tile < n; ++tile) squares[tile] = fold(lanes[tile], kLanes);
+  for (int tile = 0; tile < n; ++tile) squares[tile * apart] = fold(lanes[tile], kLanes);
 }
 
 // The same of one tile with `count` elements: what is missing would add nothing.

@@ -83,18 +83,16 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
 }
 
 constexpr int kTilesAtOnce = 4;  // streams that are read side by side
+constexpr int64_t kStream = 8;   // tiles, that a stream has at most
 
-// The sums of squares of some of a row's tiles: of kTilesAtOnce, which are whole, or of one.
-template <class F, class Load>
-void square_some(const F& format, Load load, int64_t length, int64_t first, int count, double* squares) {
+// The sums of squares of some of a row's tiles: of kTilesAtOnce, which are whole and `apart` from each other, or of
+// one.
+template <class Load>
+void square_some(Load load, int64_t length, int64_t first, int count, int64_t apart, double* squares) {
   const int64_t begin = first << kLog2Tile;
-  // Of two columns it costs more than it gives. (Always inlined: see prefetch_row().)
-  const auto prefetch = [&](int i) __attribute__((always_inline)) {
-    if constexpr (F::kColumns == 1) format.template prefetch<1>(begin + i);
-  };
-  const auto from_begin = [&](int i) { return load(begin + i); };
-  if (count == kTilesAtOnce) return square_tiles<kTilesAtOnce>(from_begin, prefetch, squares);
-  if (length - begin >= kTile) return square_tiles<1>(from_begin, prefetch, squares);
+  const auto from_begin = [&](int64_t i) __attribute__((always_inline)) { return load(begin + i); };
+  if (count == kTilesAtOnce) return square_tiles<kTilesAtOnce>(from_begin, apart, squares);
+  if (length - begin >= kTile) return square_tiles<1>(from_begin, 0, squares);
   *squares = square_part(static_cast<int>(length - begin), from_begin);
 }
 
@@ -111,21 +109,27 @@ bool measure_row(const Table& table, const Row& row, int64_t tile, int64_t tile_
   const auto raw = [&](int64_t i) { return static_cast<Acc>(grad.load(i)); };
   const auto unscaled = [&](int64_t i) { return divide(raw(i), scale); };
   decltype(is_nonfinite(Acc())) nonfinite = 0;
-  for (int count; tile < tile_end; tile += count) {
-    const int64_t after = tile + kTilesAtOnce;
-    count = after <= tile_end && after << kLog2Tile <= row.length ? kTilesAtOnce : 1;
+  const auto some = [&](int64_t first, int count, int64_t apart) {
     if (scaled) {
-      square_some(grad, unscaled, row.length, tile, count, grad_squares + tile);
+      square_some(unscaled, row.length, first, count, apart, grad_squares + first);
     } else {
-      square_some(grad, raw, row.length, tile, count, grad_squares + tile);
+      square_some(raw, row.length, first, count, apart, grad_squares + first);
     }
-    if (param_squares != nullptr) square_some(param, value, row.length, tile, count, param_squares + tile);
+    if (param_squares != nullptr) square_some(value, row.length, first, count, apart, param_squares + first);
     // An element that is not finite makes its sum so, whatever it is divided by. So may finite ones that overflow.
     for (int k = 0; k < count; ++k) {
-      if (is_nonfinite(grad_squares[tile + k]) == 0) continue;
-      const int64_t begin = (tile + k) << kLog2Tile, end = std::min(begin + kTile, row.length);
+      const int64_t tile = first + k * apart;
+      if (is_nonfinite(grad_squares[tile]) == 0) continue;
+      const int64_t begin = tile << kLog2Tile, end = std::min(begin + kTile, row.length);
       for (int64_t i = begin; i < end; ++i) nonfinite |= is_nonfinite(raw(i));
     }
+  };
+  while (tile < tile_end) {
+    const int64_t whole = std::min(tile_end, row.length >> kLog2Tile) - tile;
+    const int64_t apart = std::min(kStream, whole / kTilesAtOnce);
+    for (int64_t k = 0; k < apart; ++k) some(tile + k, kTilesAtOnce, apart);
+    tile += apart * kTilesAtOnce;
+    if (apart == 0) some(tile++, 1, 0);
   }
   return nonfinite != 0;
 }

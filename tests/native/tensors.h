@@ -99,6 +99,10 @@ class Memory {
         return;
     }
   }
+  template <class T>
+  void put(int64_t i, T x) const {
+    std::memcpy(memory_.get() + skip_ + i * static_cast<int64_t>(sizeof(T)), &x, sizeof(T));
+  }
   void* data() const { return memory_.get() + skip_; }
   bool same(const Memory& other) const { return std::memcmp(memory_.get(), other.memory_.get(), skip_ + bytes_) == 0; }
 
@@ -106,10 +110,6 @@ class Memory {
   void allocate() {
     const int64_t all = (skip_ + bytes_ + 15) / 16 * 16;
     memory_.reset(static_cast<std::byte*>(std::aligned_alloc(16, static_cast<std::size_t>(all))));
-  }
-  template <class T>
-  void put(int64_t i, T x) {
-    std::memcpy(memory_.get() + skip_ + i * static_cast<int64_t>(sizeof(T)), &x, sizeof(T));
   }
   struct Free {
     void operator()(std::byte* p) const { std::free(p); }

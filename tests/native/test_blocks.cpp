@@ -35,25 +35,54 @@ void step(const Tensor& t, const Group& group) {
 }
 
 template <class P>
-bool walks_as_one_by_one(int line) {
+bool walks_as_one_by_one(int line, const Tensor& given, double lr) {
   Group group;
-  group.lr = 0.1;
+  group.lr = lr;
   group.momentum = 0.9;
   group.weight_decay = 0.01;
+  const Tensor expected = given;
+  step<P, Int8>(expected, group);
   for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
     if (!set.runs_here()) continue;
-    for (const int64_t length : {64, 128, 192, 4096, 4160, 9024}) {
-      const Tensor walked(line, length, 0, 0, 0);
-      const Tensor expected = walked;
-      TablePacker packer;
-      packer.start(kMaxColumns);
-      void** columns = packer.add_row(walked.length, packer.add_group(group), static_cast<uint32_t>(line));
-      for (std::size_t c = 0; c < walked.columns.size(); ++c) columns[c] = walked.columns[c].data();
-      const Table table = packer.table();
-      for (uint32_t chunk = table.chunk_count(); chunk-- > 0;) set.walk(table, chunk, chunk + 1);
-      step<P, Int8>(expected, group);
-      for (std::size_t c = 0; c < walked.columns.size(); ++c) {
-        if (!walked.columns[c].same(expected.columns[c])) return false;
+    const Tensor walked = given;
+    TablePacker packer;
+    packer.start(kMaxColumns);
+    void** columns = packer.add_row(walked.length, packer.add_group(group), static_cast<uint32_t>(line));
+    for (std::size_t c = 0; c < walked.columns.size(); ++c) columns[c] = walked.columns[c].data();
+    const Table table = packer.table();
+    for (uint32_t chunk = table.chunk_count(); chunk-- > 0;) set.walk(table, chunk, chunk + 1);
+    for (std::size_t c = 0; c < walked.columns.size(); ++c) {
+      if (!walked.columns[c].same(expected.columns[c])) return false;
+    }
+  }
+  return true;
+}
+
+template <class P>
+bool walks_as_one_by_one(int line) {
+  for (const int64_t length : {64, 128, 192, 4096, 4160, 9024}) {
+    if (!walks_as_one_by_one<P>(line, Tensor(line, length, 0, 0, 0), 0.1)) return false;
+  }
+  return true;
+}
+
+// Numbers for which a batch must not be taken for an ordinary one, at one place of it.
+template <class P>
+bool walks_special_values(int line) {
+  const float nan = std::nanf("");
+  for (const double lr : {0.1, 32768.0, 32769.0, 3e38}) {
+    for (const int64_t at : {0, 200, 4095}) {
+      for (const float x : {1e3f, 0x1.fep39f, 0x1p40f, -3.38e38f, INFINITY, -INFINITY, nan}) {
+        for (const int column : {0, P::kColumns}) {
+          const Tensor t(line, 4160, 0, 0, 0);
+          t.columns[static_cast<std::size_t>(column)].put(at, float_to_bfloat16(x));
+          if (!walks_as_one_by_one<P>(line, t, lr)) return false;
+        }
+      }
+      for (const float scale : {0x1.fffp32f, 0x1p33f, kLargestScale, nan, unset_value(float()), -0x1p33f, -0x1p100f}) {
+        const Tensor t(line, 4160, 0, 0, 0);
+        t.columns[P::kColumns + 2].put(at / kInt8Block, scale);
+        if (!walks_as_one_by_one<P>(line, t, lr)) return false;
       }
     }
   }
@@ -66,6 +95,8 @@ int main() {
   CHECK(walks_as_one_by_one<BFloat16>(Line_BFloat16_BFloat16_Int8));
   CHECK(walks_as_one_by_one<SplitBFloat16>(Line_SplitBFloat16_BFloat16_Int8));
   CHECK(walks_as_one_by_one<StochasticBFloat16>(Line_StochasticBFloat16_BFloat16_Int8));
+  CHECK(walks_special_values<BFloat16>(Line_BFloat16_BFloat16_Int8));
+  CHECK(walks_special_values<StochasticBFloat16>(Line_StochasticBFloat16_BFloat16_Int8));
   std::printf("blocks: %d failures\n", failures);
   return failures;
 }

@@ -210,7 +210,7 @@ int walks() {
 }
 
 // Between the largest finite bfloat16 and infinity a value is rounded to nearest, and NaN is NaN, whatever made them,
-// in a loop that looks at many elements before it rounds them.
+// in loops that look at many elements before they round them; with a bfloat16 momentum those take two at a time.
 template <class M>
 int large_numbers() {
   using H = Hyperparameters<float>;
@@ -226,12 +226,11 @@ int large_numbers() {
   bool has_large = false, has_nan = false;
   const auto check = [&](const H& h, float p, float g, float b, int64_t where, int64_t count) {
     const uint16_t ones = float_to_bfloat16(1), narrow_p = float_to_bfloat16(p);
-    std::vector<uint16_t> whole(n, ones), single;
-    std::vector<float> gradient(n, 1);
+    std::vector<uint16_t> whole(n, ones), single, gradient(n, ones);
     std::vector<decltype(element(1))> momentum(n, element(1)), single_momentum;
     for (int64_t i = where; i < where + count; ++i) {
       whole[i] = narrow_p;
-      gradient[i] = g;
+      gradient[i] = float_to_bfloat16(g);
       momentum[i] = element(b);
     }
     single = whole;
@@ -239,7 +238,7 @@ int large_numbers() {
     StochasticRecord record{1, 2, 3, 0};
     void* columns[] = {whole.data(), &record, gradient.data(), momentum.data()};
     void* single_columns[] = {single.data(), &record, gradient.data(), single_momentum.data()};
-    using Loop = cpu::Loop<StochasticBFloat16, Float32, M, cpu::Kind<true, false, cpu::Terms::Nesterov>>;
+    using Loop = cpu::Loop<StochasticBFloat16, BFloat16, M, cpu::Kind<true, false, cpu::Terms::Nesterov>>;
     Loop(columns, h).run(0, n);
     Loop(single_columns, h).by_element(0, n);
     CHECK(whole == single);
@@ -276,6 +275,15 @@ int large_numbers() {
         }
       }
     }
+  }
+  // On both sides of what is moderate.
+  const float limit = 0x1p15f, above = std::nextafter(limit, kLarge);
+  for (const float field : {limit, -limit, above, -above}) {
+    H h = usual;
+    h.neg_lr = h.momentum = h.one_minus_dampening = h.weight_decay = h.grad_factor = h.decay_factor = h.trust_ratio =
+        field;
+    h.has_weight_decay = true;
+    for (const float x : {0x1.fep39f, -0x1.fep39f, 0x1p40f, -0x1p40f}) check(h, x, x, x, 0, n);
   }
   CHECK(has_large && has_nan);
   return failures;
