@@ -41,6 +41,7 @@
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //
 // For a CPU any format may have
+//   numbers(i)              where elements from i on stand as fp32 or bf16, one after the other; or else
 //   are_below<n>(limit, i)  whether the magnitudes of n elements, of whole blocks, are below a limit, all of them: a
 //                           power of two, 2 or more, or infinity, which asks whether they are finite
 //   LoadsFinite             loads elements that are known to be finite faster
@@ -207,35 +208,28 @@ FSGD_INLINE T identity(T x) {
 
 using Float64 = Plain<double, double, identity<double>, identity<double>>;
 
-// Whether the magnitudes of n numbers from x on, of fp32 or bf16, are below a limit, all of them: a power of two, 2
-// or more, or infinity. As bits magnitudes are ordered as numbers are, with NaNs above infinity.
-template <int n, class Element>
-FSGD_INLINE bool are_below(float limit, const Element* x) {
+// Whether the magnitudes of n numbers from each x on, all of fp32 or all of bf16, are below a limit, all of them: a
+// power of two, 2 or more, or infinity. As bits magnitudes are ordered as numbers are, with NaNs above infinity.
+template <int n, class Element, class... Others>
+  requires(std::is_same_v<Element, Others> && ...)
+FSGD_INLINE bool are_below(float limit, const Element* x, const Others*... others) {
   constexpr int kBits = 8 * sizeof(Element);
   using Bits = std::conditional_t<kBits == 16, uint16_t, uint32_t>;
-  // Most often all are below 2: no exponent has its first bit.
-  constexpr uint64_t kFirst = kBits == 16 ? 0x4000400040004000u : 0x4000000040000000u;
-  uint64_t any = 0;
-  for (int k = 0; k < n; k += 64 / kBits) {
-    uint64_t some;
-    __builtin_memcpy(&some, x + k, sizeof(some));
-    any |= some;
-  }
-  if ((any & kFirst) == 0) return true;
+  const auto magnitude = [](Element number) __attribute__((always_inline)) {
+    return static_cast<Bits>(bit_cast<Bits>(number) & static_cast<Bits>(~(Bits{1} << (kBits - 1))));
+  };
   Bits largest = 0;
   for (int k = 0; k < n; ++k) {
-    const auto magnitude = static_cast<Bits>(bit_cast<Bits>(x[k]) & static_cast<Bits>(~(Bits{1} << (kBits - 1))));
-    largest = magnitude > largest ? magnitude : largest;
+    Bits some = magnitude(x[k]);
+    ((some = magnitude(others[k]) > some ? magnitude(others[k]) : some), ...);
+    largest = some > largest ? some : largest;
   }
   return largest < bit_cast<uint32_t>(limit) >> (32 - kBits);
 }
 
 struct Float32 : Plain<float, float, identity<float>, identity<float>> {
   using Plain::Plain;
-  template <int n>
-  FSGD_INLINE bool are_below(float limit, int64_t i) const {
-    return fused_sgd::are_below<n>(limit, column.data + i);
-  }
+  FSGD_INLINE const float* numbers(int64_t i) const { return column.data + i; }
 };
 
 // Two neighbours in one word are decoded and rounded where they stand: a CPU's loop over words needs none of the
@@ -249,10 +243,7 @@ struct BFloat16 : Plain<uint16_t, float, bfloat16_to_float, float_to_bfloat16> {
     decode_pair(word, x);
   }
 
-  template <int n>
-  FSGD_INLINE bool are_below(float limit, int64_t i) const {
-    return fused_sgd::are_below<n>(limit, column.data + i);
-  }
+  FSGD_INLINE const uint16_t* numbers(int64_t i) const { return column.data + i; }
   struct StoresFinite {
     const BFloat16& format;
     FSGD_INLINE float store(int64_t i, float x) const { return format.store(i, x); }

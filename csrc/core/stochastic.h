@@ -184,10 +184,7 @@ struct StochasticBFloat16 : Stochastic<uint16_t, bfloat16_to_float, round_stocha
     store_pair(i, rounded(x[0], draws & 0xFFFFu), rounded(x[1], draws >> 16), x);
   }
 
-  template <int n>
-  FSGD_INLINE bool are_below(float limit, int64_t i) const {
-    return fused_sgd::are_below<n>(limit, parameter.data + i);
-  }
+  FSGD_INLINE const uint16_t* numbers(int64_t i) const { return parameter.data + i; }
   struct StoresFinite {
     const StochasticBFloat16& format;
     FSGD_INLINE float store(int64_t i, float x, Draw draw) const {

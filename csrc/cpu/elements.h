@@ -52,9 +52,16 @@ inline constexpr bool kStaged = requires { requires F::kConvertsMany; };
 template <class F>
 inline constexpr bool kDraws = requires { typename F::Draw; };
 
-// Whether a look at many elements can tell that none is large; and whether finite ones are loaded or stored faster.
+// How a look at many elements can tell that none is large; and whether finite ones are loaded or stored faster.
 template <class F>
-inline constexpr bool kTellsLarge = requires(const F& format) { format.template are_below<64>(2.0f, 0); };
+inline constexpr bool kShowsNumbers = requires(const F& format) { format.numbers(0); };
+template <class F>
+inline constexpr bool kTellsLarge =
+    kShowsNumbers<F> || requires(const F& format) { format.template are_below<64>(2.0f, 0); };
+template <class F, class... Others>
+inline constexpr bool kAlike = requires(const F& format, const Others&... others) {
+  are_below<64>(2.0f, format.numbers(0), others.numbers(0)...);
+};
 template <class F>
 inline constexpr bool kLoadsFinite = requires { typename F::LoadsFinite; };
 template <class F>
@@ -216,7 +223,7 @@ class Loop {
 #endif
   // Whether a look at a batch can tell that what the rule makes of it is finite. Where nothing is drawn it costs more
   // than it gives.
-  static constexpr bool kForesees = kDraws<P> && kTellsLarge<P> && kTellsLarge<G> && (kTellsLarge<M> || !K::kMomentum);
+  static constexpr bool kForesees = kDraws<P> && kTellsLarge<P> && kTellsLarge<G> && kTellsLarge<M>;
   static constexpr int kStrip = kBatch > 1 ? kBatch : 32;  // elements that are called together
   static constexpr int kAhead = 256;                       // elements
 
@@ -272,12 +279,29 @@ class Loop {
   // with kForesees all is finite, before the step and after it.
   template <int n>
   FSGD_INLINE bool is_finite(int64_t first) const {
-    constexpr float kLimit = kForesees ? kModerate : std::numeric_limits<float>::infinity();
-    bool below = kForesees ? moderate_ : true;
-    if constexpr (K::kMomentum) below = below && momentum_.template are_below<n>(kLimit, first);
-    if constexpr (kForesees || kLoadsFinite<P>) below = below && param_.template are_below<n>(kLimit, first);
-    if constexpr (kForesees) below = below && grad_.template are_below<n>(kLimit, first);
-    return below;
+    if constexpr (kForesees) {
+      if (!moderate_) return false;
+      if constexpr (K::kMomentum && kAlike<P, G, M>) {
+        return are_below<n>(kModerate, param_.numbers(first), grad_.numbers(first), momentum_.numbers(first));
+      } else {
+        const bool below = is_below<n>(param_, kModerate, first) && is_below<n>(grad_, kModerate, first);
+        return below && (!K::kMomentum || is_below<n>(momentum_, kModerate, first));
+      }
+    } else {
+      constexpr float kInfinity = std::numeric_limits<float>::infinity();
+      if constexpr (kLoadsFinite<P>) {
+        if (!is_below<n>(param_, kInfinity, first)) return false;
+      }
+      return is_below<n>(momentum_, kInfinity, first);
+    }
+  }
+  template <int n, class F>
+  FSGD_INLINE static bool is_below(const F& format, float limit, int64_t first) {
+    if constexpr (kShowsNumbers<F>) {
+      return are_below<n>(limit, format.numbers(first));
+    } else {
+      return format.template are_below<n>(limit, first);
+    }
   }
 
   // kFinite: is_finite() said so.
