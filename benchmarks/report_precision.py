@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import markdown as md
-from .files import Run, newest
+from .files import Run, completed
 from .plots import Plots
 
 
 def report_section(runs: Sequence[Run], plots: Plots) -> str:
     """Of each machine and torch: a table."""
     parts = ["## Storage modes\n"]
-    for run in newest(runs, "precision"):
+    for run in completed(runs, "precision"):
         parts.append(md.heading(run))
         lines = [
             [
