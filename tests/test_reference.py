@@ -14,7 +14,7 @@ from fused_sgd.reference import (
     sgd_update,
     unset,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference_support import FLOATS, OPTIONS, SHAPES, assert_close, option_id, step_all
 from torch import Tensor
@@ -177,6 +177,25 @@ def test_order_of_operations_is_exact(rule: dict[str, Any], decay: float, dtype:
 
 
 @settings(max_examples=300, deadline=None)
+@example(
+    rule={
+        "lr": 4.0,
+        "momentum": 1.0,
+        "dampening": 0.0,
+        "weight_decay": 1.0,
+        "nesterov": True,
+        "maximize": False,
+        "grad_scale": None,
+        "clip_coefficient": 2.0,
+        "decoupled_weight_decay": False,
+        "trust_ratio": 4.0,
+        "lr_in_momentum": False,
+    },
+    decay=0.0,
+    dtype=torch.float16,
+    seed=0,
+    shape=(1,),
+)  # overflows
 @given(
     rule=RULES, decay=DECAY, dtype=st.sampled_from(FLOATS), seed=st.integers(0, 2**32), shape=st.sampled_from(SHAPES)
 )
@@ -201,6 +220,8 @@ def test_every_option_within_rounding_of_float64(
             assert model.buffer is not None
             assert b.dtype == p.dtype
             assert_close(b, model.buffer, model.buffer_size, f"momentum buffer at step {step}")
+        if not (p.isfinite().all() and (b is None or b.isfinite().all())):
+            return  # float16 has overflowed, and differences of infinities say nothing
         average = float64_ema(e_before, p, decay)
         size = p.double().abs() if e_before is None else p.double().abs() + e_before.double().abs()
         assert_close(ema, average, size, f"average at step {step}")
