@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -132,6 +133,13 @@ def fraction(tensor: Tensor | None) -> list[Fraction | None]:
     return [None] * 9 if tensor is None else [Fraction(value) for value in tensor.double().tolist()]
 
 
+def stored(rounded: Fraction | None, dtype: torch.dtype) -> Fraction | float | None:
+    """A rounded value as the dtype holds it: an infinity where it is beyond the largest."""
+    if rounded is None or abs(rounded) <= torch.finfo(dtype).max:
+        return rounded
+    return math.copysign(math.inf, rounded)
+
+
 HYPER = st.floats(0, 4, allow_subnormal=False)
 FACTOR = st.one_of(st.none(), st.floats(2**-10, 4))
 RULES = st.fixed_dictionaries(
@@ -152,7 +160,23 @@ RULES = st.fixed_dictionaries(
 DECAY = st.one_of(st.sampled_from([0.0, 0.4, 0.5, 0.5 + 1e-12, 0.9, 0.999]), st.floats(0, 1, exclude_max=True))
 
 
+OVERFLOWING = {
+    "lr": 4.0,
+    "momentum": 1.0,
+    "dampening": 0.0,
+    "weight_decay": 1.0,
+    "nesterov": True,
+    "maximize": False,
+    "grad_scale": None,
+    "clip_coefficient": 2.0,
+    "decoupled_weight_decay": False,
+    "trust_ratio": 4.0,
+    "lr_in_momentum": False,
+}  # in float16
+
+
 @settings(max_examples=400, deadline=None)
+@example(rule=OVERFLOWING, decay=0.0, dtype=torch.float16, seed=0)
 @given(rule=RULES, decay=DECAY, dtype=st.sampled_from(FLOATS), seed=st.integers(0, 2**32))
 def test_order_of_operations_is_exact(rule: dict[str, Any], decay: float, dtype: torch.dtype, seed: int) -> None:
     """Every dtype and option, to the bit, against rational numbers that are rounded once per operation."""
@@ -168,8 +192,10 @@ def test_order_of_operations_is_exact(rule: dict[str, Any], decay: float, dtype:
         ]
         b = sgd_update(p, grad, b, **rule, ema=ema, ema_decay=decay)
         e_before = ema.clone()
-        assert fraction(p) == [one[0] for one in want], f"parameter at step {step}"
-        assert fraction(b) == [one[1] for one in want], f"momentum buffer at step {step}"
+        assert p.tolist() == [stored(one[0], dtype) for one in want], f"parameter at step {step}"
+        assert b is None or b.tolist() == [stored(one[1], dtype) for one in want], f"momentum buffer at step {step}"
+        if not (p.isfinite().all() and (b is None or b.isfinite().all())):
+            return  # float16 has overflowed, and there are no fractions to go on with
         assert fraction(ema) == [one[2] for one in want], f"average at step {step}"
 
 
@@ -177,25 +203,7 @@ def test_order_of_operations_is_exact(rule: dict[str, Any], decay: float, dtype:
 
 
 @settings(max_examples=300, deadline=None)
-@example(
-    rule={
-        "lr": 4.0,
-        "momentum": 1.0,
-        "dampening": 0.0,
-        "weight_decay": 1.0,
-        "nesterov": True,
-        "maximize": False,
-        "grad_scale": None,
-        "clip_coefficient": 2.0,
-        "decoupled_weight_decay": False,
-        "trust_ratio": 4.0,
-        "lr_in_momentum": False,
-    },
-    decay=0.0,
-    dtype=torch.float16,
-    seed=0,
-    shape=(1,),
-)  # overflows
+@example(rule=OVERFLOWING, decay=0.0, dtype=torch.float16, seed=0, shape=(1,))
 @given(
     rule=RULES, decay=DECAY, dtype=st.sampled_from(FLOATS), seed=st.integers(0, 2**32), shape=st.sampled_from(SHAPES)
 )
