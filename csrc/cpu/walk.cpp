@@ -4,6 +4,7 @@
 #include "walk.h"
 
 #include "elements.h"
+#include "tiles.h"
 
 namespace fused_sgd::cpu {
 namespace {
