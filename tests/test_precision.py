@@ -147,9 +147,10 @@ def test_special_values_somewhere_equal_the_reference(mode: str) -> None:
     def scatter(tensor: Tensor, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for row in tensor.detach()[::2]:
-            row[torch.randint(row.numel(), (1,), generator=generator)] = special[
-                torch.randint(len(special), (1,), generator=generator)
-            ].to(dtype)
+            where, which = (
+                int(torch.randint(n, (), generator=generator, device="cpu")) for n in (len(row), len(special))
+            )
+            row[where] = special[which].to(dtype)
 
     trained = []
     for fused in (True, False):

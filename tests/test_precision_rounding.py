@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("device")
 def test_skipped_steps_leave_no_trace(device: str, mode: str, skip: str, dampening: float, fused: bool) -> None:
     """Steps 0 and 2 are skipped. The first step comes afterwards, and random numbers are not used up."""
     dtype, options = MODES[mode]
+    if skip == "GradScaler" and device != "cpu" and dtype == torch.bfloat16:
+        pytest.skip("torch's GradScaler cannot look at bfloat16 gradients on a GPU")
     options = {"lr": 0.1, "momentum": 0.9, "dampening": dampening, "fused": fused, **options}
     params = make_params([(3, 64), (33,)], dtype)
     others = copies(params)

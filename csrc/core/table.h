@@ -1,9 +1,9 @@
 // The table: one optimizer step as plain data. Per tensor a row, per distinct set of hyperparameters a group, per
 // launch the scalars that only the step knows. A backend walks it and knows nothing else; it holds no torch type.
 //
-// Work is counted in chunks. A chunk is 2^log2_chunk elements of ONE tensor (the last one may be shorter), and every
-// tensor begins with a chunk of its own. Rows carry the running sum of chunks, so the tensor of any chunk is found by
-// binary search and no list of chunks exists. Chunks are whole tiles, of which norms are summed (squares.h).
+// Work is counted in chunks. A chunk is kChunk elements of ONE tensor (the last one may be shorter), and every tensor
+// begins with a chunk of its own. Rows carry the running sum of chunks, so the tensor of any chunk is found by binary
+// search and no list of chunks exists. Norms are summed by the same pieces (squares.h).
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,8 @@
 
 namespace fused_sgd {
 
-inline constexpr int kMaxColumns = 6;  // parameter 2, gradient 1, momentum buffer 2, average 1
+inline constexpr int64_t kChunk = kTile;  // elements
+inline constexpr int kMaxColumns = 6;     // parameter 2, gradient 1, momentum buffer 2, average 1
 
 // The head of a row; its column pointers follow it in memory: parameter, gradient, momentum buffer, each as many as its
 // format has, and the parameter's average. Those that a row has not, it leaves unset.
@@ -42,7 +43,6 @@ struct Table {
   Scalars scalars;
   uint32_t row_count = 0;
   uint32_t row_bytes = sizeof(Row) + kMaxColumns * sizeof(void*);
-  uint32_t log2_chunk = kLog2Tile;
 
   FSGD_INLINE const Row& row(uint32_t i) const {
     return *reinterpret_cast<const Row*>(rows + std::size_t{i} * row_bytes);
@@ -50,12 +50,7 @@ struct Table {
   FSGD_INLINE int columns() const { return static_cast<int>((row_bytes - sizeof(Row)) / sizeof(void*)); }
   FSGD_INLINE uint32_t chunk_begin(uint32_t i) const { return i == 0 ? 0 : row(i - 1).chunk_end; }
   FSGD_INLINE uint32_t chunk_count() const { return row_count == 0 ? 0 : row(row_count - 1).chunk_end; }
-  FSGD_INLINE int64_t chunk_elements() const { return int64_t{1} << log2_chunk; }
-  // The number of a row's first tile, where the tiles of all rows lie one after the other with gaps in between.
-  FSGD_INLINE std::size_t first_tile(uint32_t i) const {
-    return std::size_t{chunk_begin(i)} << (log2_chunk - kLog2Tile);
-  }
-  FSGD_INLINE std::size_t tile_count() const { return std::size_t{chunk_count()} << (log2_chunk - kLog2Tile); }
+  FSGD_INLINE uint32_t chunks_of(uint32_t i) const { return row(i).chunk_end - chunk_begin(i); }
 
   // The row that holds `chunk`, which must be below chunk_count().
   FSGD_INLINE uint32_t find_row(uint32_t chunk) const {
@@ -72,16 +67,14 @@ struct Table {
   }
 };
 
-FSGD_INLINE int64_t tiles_of(const Row& row) { return (row.length + kTile - 1) >> kLog2Tile; }
-
-// From the sums of squares of tiles to those of rows [begin, end): parameter and gradient of each, one after the other.
-// param_tiles may be null.
-inline void add_up_rows(const Table& table, uint32_t begin, uint32_t end, const double* grad_tiles,
-                        const double* param_tiles, double* row_squares) {
+// From the sums of squares of chunks to those of rows [begin, end): parameter and gradient of each, one after the
+// other. param_squares may be null.
+inline void add_up_rows(const Table& table, uint32_t begin, uint32_t end, const double* grad_squares,
+                        const double* param_squares, double* row_squares) {
   for (uint32_t i = begin; i < end; ++i) {
-    const int64_t tiles = tiles_of(table.row(i));
-    if (param_tiles != nullptr) row_squares[2 * i] = fold_strided(param_tiles + table.first_tile(i), tiles, 1);
-    row_squares[2 * i + 1] = fold_strided(grad_tiles + table.first_tile(i), tiles, 1);
+    const uint32_t first = table.chunk_begin(i), chunks = table.chunks_of(i);
+    if (param_squares != nullptr) row_squares[2 * i] = fold_strided(param_squares + first, chunks, 1);
+    row_squares[2 * i + 1] = fold_strided(grad_squares + first, chunks, 1);
   }
 }
 
@@ -102,9 +95,8 @@ FSGD_INLINE void count_steps(const Table& table, uint32_t begin, uint32_t stride
 class TablePacker {
  public:
   // columns: pointers a row, over the largest row to come.
-  void start(int columns, uint32_t log2_chunk = kLog2Tile) {
+  void start(int columns) {
     row_bytes_ = static_cast<uint32_t>(sizeof(Row) + static_cast<std::size_t>(columns) * sizeof(void*));
-    log2_chunk_ = log2_chunk;
     row_count_ = 0;
     used_bytes_ = 0;
     chunks_ = 0;
@@ -133,9 +125,9 @@ class TablePacker {
   // A row; the caller writes its pointers, to what is returned. length > 0; group as add_group() returned it.
   void** add_row(int64_t length, uint32_t group, uint32_t combination) {
     if (bytes_.size() < used_bytes_ + row_bytes_) bytes_.resize(2 * (used_bytes_ + row_bytes_));
-    chunks_ += count_chunks(length);
-    if (chunks_ > std::numeric_limits<uint32_t>::max()) {
-      throw std::length_error("the parameters of one step have more than 2^32 chunks");
+    chunks_ += (length - 1) / kChunk + 1;
+    if (chunks_ > std::numeric_limits<int32_t>::max()) {  // a GPU's grid takes no more blocks
+      throw std::length_error("the parameters of one step have more than 2^31 chunks");
     }
     elements_ += length;
     counts_steps_ = counts_steps_ || kCombinations[combination].counts_steps;
@@ -162,22 +154,10 @@ class TablePacker {
   int64_t elements() const { return elements_; }
 
   Table table(const Scalars& scalars = {}) const {
-    return Table{bytes_.data(), groups_.data(), scalars, row_count_, row_bytes_, log2_chunk_};
+    return Table{bytes_.data(), groups_.data(), scalars, row_count_, row_bytes_};
   }
   std::span<const std::byte> rows() const { return {bytes_.data(), used_bytes_}; }
   std::span<const Group> groups() const { return groups_; }
-
-  // Counts the rows' chunks anew, in another size.
-  void rechunk(uint32_t log2_chunk) {
-    if (log2_chunk == log2_chunk_) return;
-    log2_chunk_ = log2_chunk;
-    chunks_ = 0;
-    for (uint32_t i = 0; i < row_count_; ++i) {
-      Row& row = *reinterpret_cast<Row*>(bytes_.data() + std::size_t{i} * row_bytes_);
-      chunks_ += count_chunks(row.length);
-      row.chunk_end = static_cast<uint32_t>(chunks_);
-    }
-  }
 
   // Whether some group has an average.
   bool has_ema() const { return has_ema_; }
@@ -195,15 +175,12 @@ class TablePacker {
   }
 
  private:
-  uint64_t count_chunks(int64_t length) const { return static_cast<uint64_t>((length - 1) >> log2_chunk_) + 1; }
-
   std::vector<std::byte> bytes_;
   std::vector<Group> groups_;
   uint32_t row_bytes_ = 0;
-  uint32_t log2_chunk_ = kLog2Tile;
   uint32_t row_count_ = 0;
   std::size_t used_bytes_ = 0;
-  uint64_t chunks_ = 0;
+  int64_t chunks_ = 0;
   int64_t elements_ = 0;
   int only_combination_ = -1;
   bool has_ema_ = false;

@@ -72,7 +72,7 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
       walk = choose_walk<P, G, M>(h);
     }
     if (row.chunk_end >= chunk_end) {  // the last row of the range, perhaps not to its end
-      const int64_t end = (chunk_end - table.chunk_begin(i)) * table.chunk_elements();
+      const int64_t end = (chunk_end - table.chunk_begin(i)) * kChunk;
       walk(row.columns(), h, begin, end < row.length ? end : row.length);
       return i + 1;
     }
@@ -160,7 +160,7 @@ constexpr MeasureRow kMeasureRow[] = {
 void FSGD_CONCAT(walk_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end) {
   if (chunk_begin >= chunk_end) return;
   uint32_t row = table.find_row(chunk_begin);
-  int64_t begin = (chunk_begin - table.chunk_begin(row)) * table.chunk_elements();
+  int64_t begin = (chunk_begin - table.chunk_begin(row)) * kChunk;
   for (;;) {
     row = kWalkRows[table.row(row).combination()](table, row, begin, chunk_end);
     if (table.row(row - 1).chunk_end >= chunk_end) return;
@@ -171,15 +171,12 @@ void FSGD_CONCAT(walk_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, uint
 bool FSGD_CONCAT(measure_, FSGD_ISA)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
                                      double* param_squares) {
   bool nonfinite = false;
-  const uint32_t tiles_a_chunk = 1u << (table.log2_chunk - kLog2Tile);
   for (uint32_t i = chunk_begin < chunk_end ? table.find_row(chunk_begin) : 0; chunk_begin < chunk_end; ++i) {
     const Row& row = table.row(i);
     const uint32_t row_begin = table.chunk_begin(i), end = std::min(chunk_end, row.chunk_end);
-    const int64_t tile = int64_t{chunk_begin - row_begin} * tiles_a_chunk;
-    const int64_t tile_end = std::min(int64_t{end - row_begin} * tiles_a_chunk, tiles_of(row));
-    const std::size_t slot = table.first_tile(i);
-    nonfinite |= kMeasureRow[row.combination()](table, row, tile, tile_end, grad_squares + slot,
-                                                param_squares == nullptr ? nullptr : param_squares + slot);
+    nonfinite |=
+        kMeasureRow[row.combination()](table, row, chunk_begin - row_begin, end - row_begin, grad_squares + row_begin,
+                                       param_squares == nullptr ? nullptr : param_squares + row_begin);
     chunk_begin = end;
   }
   return nonfinite;

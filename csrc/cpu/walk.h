@@ -12,8 +12,8 @@ namespace fused_sgd::cpu {
 // The step.
 using Walk = void (*)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end);
 
-// The sums of squares of each tile of the gradients and, if asked for, of the parameters; null if not. They go to
-// [tile], numbered as Table::first_tile() says. Returns whether a gradient is not finite.
+// The sums of squares of each chunk of the gradients and, if asked for, of the parameters; null if not. They go to
+// [chunk]. Returns whether a gradient is not finite.
 using Measure = bool (*)(const Table& table, uint32_t chunk_begin, uint32_t chunk_end, double* grad_squares,
                          double* param_squares);
 

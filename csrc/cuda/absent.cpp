@@ -15,7 +15,7 @@ struct Launcher::Captured {};
 
 Launcher::Launcher(int device, ReleaseCache) : device_(device) { refuse(); }
 Launcher::~Launcher() = default;
-void Launcher::prepare(TablePacker&, Stream, Norms) { refuse(); }
+void Launcher::prepare(const TablePacker&, Stream, Norms) { refuse(); }
 void Launcher::measure(const TablePacker&, const Scalars&, const float*, Stream) { refuse(); }
 void Launcher::launch(const TablePacker&, const Scalars&, const float*, Stream) { refuse(); }
 

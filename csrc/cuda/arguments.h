@@ -21,12 +21,14 @@ inline void pack(const TablePacker& packer, std::byte* destination) {
 
 // Where the first pass of a step leaves its sums; see squares.h. All of it is the device's.
 struct Sums {
-  double* grad_tiles = nullptr;
-  double* param_tiles = nullptr;  // null where nobody asks for the parameters' norms
-  double* row_squares = nullptr;  // parameter and gradient of each row
-  double* totals = nullptr;       // sum of squares of all gradients, and 1 if one of them is not finite
-  uint32_t* nonfinite = nullptr;  // 0 between two steps, like the ticket
-  uint32_t* ticket = nullptr;
+  double* grad_squares = nullptr;   // of each chunk
+  double* param_squares = nullptr;  // the same; null where nobody asks for the parameters' norms
+  double* row_squares = nullptr;    // parameter and gradient of each row
+  double* totals = nullptr;         // sum of squares of all gradients, and 1 if one of them is not finite
+  // 0 between two steps:
+  uint32_t* nonfinite = nullptr;
+  uint32_t* counter = nullptr;       // rows that are done
+  uint32_t* row_counters = nullptr;  // of each row, chunks that are done
 };
 
 struct Head {
@@ -38,7 +40,7 @@ struct Head {
   uint32_t groups_bytes;
   uint32_t row_count;
   uint32_t row_bytes;
-  uint32_t log2_chunk;
+  uint32_t reversed;  // chunks are walked from the last to the first
 };
 
 // The arguments of one launch. kCapacity: bytes of the table they hold, or 0 when it is in device memory.
@@ -56,13 +58,12 @@ struct Arguments {
     if (head.has_grad_scale != 0) table.scalars.grad_scale = &head.grad_scale;
     table.row_count = head.row_count;
     table.row_bytes = head.row_bytes;
-    table.log2_chunk = head.log2_chunk;
     return table;
   }
 };
 
 // Small tables have small arguments of their own, since a launch copies all of them.
-inline constexpr std::size_t kSmallCapacity = 4096;
+inline constexpr std::size_t kSmallCapacity = 8192;
 inline constexpr std::size_t kLargeCapacity = (kMaxArgumentBytes - sizeof(Head)) / 8 * 8;
 static_assert(sizeof(Arguments<kLargeCapacity>) <= kMaxArgumentBytes);
 
@@ -79,16 +80,8 @@ inline Head make_head(const TablePacker& packer, const Scalars& scalars, const f
   head.groups_bytes = static_cast<uint32_t>(packer.groups().size_bytes());
   head.row_count = table.row_count;
   head.row_bytes = table.row_bytes;
-  head.log2_chunk = table.log2_chunk;
+  head.reversed = scalars.totals != nullptr;  // a first pass read the last ones last: they may still be in the cache
   return head;
-}
-
-// A chunk of 4096 to 16384 elements: small enough that every block the device can hold at once has work, large enough
-// that looking the row up costs nothing.
-constexpr uint32_t choose_log2_chunk(uint64_t elements, uint64_t blocks_at_once) {
-  uint32_t log2 = kLog2Tile;
-  while (log2 < kLog2Tile + 2 && (blocks_at_once << (log2 + 1)) <= elements) ++log2;
-  return log2;
 }
 
 }  // namespace fused_sgd::cuda

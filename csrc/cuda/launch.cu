@@ -12,16 +12,39 @@
 namespace fused_sgd::cuda {
 namespace {
 
-// A table of one combination has a kernel of its own, which takes few registers; one that mixes them has the switch.
-// How many blocks a multiprocessor holds at least bounds the registers: as many as do without spills.
-constexpr int blocks_at_once(int combination, bool ema, bool table_in_memory) {
+// Combinations that have a kernel of their own, which takes few registers, for tables of nothing else; others take one
+// with a switch. The last number is how many blocks a multiprocessor holds at least, which bounds the registers: as
+// many as do without spills.
+// clang-format off
+#define FSGD_OWN_KERNELS(X)                         \
+  X(Float32,            Float32,  Float32,  3)      \
+  X(Float32,            Float32,  BFloat16, 3)      \
+  X(Float32,            Float32,  Int8,     3)      \
+  X(BFloat16,           BFloat16, BFloat16, 4)      \
+  X(BFloat16,           BFloat16, Float32,  4)      \
+  X(BFloat16,           BFloat16, Int8,     3)      \
+  X(Float16,            Float16,  Float16,  4)      \
+  X(SplitBFloat16,      BFloat16, Float32,  3)      \
+  X(SplitBFloat16,      BFloat16, BFloat16, 3)      \
+  X(SplitBFloat16,      BFloat16, Int8,     2)      \
+  X(MasterBFloat16,     BFloat16, Float32,  3)      \
+  X(StochasticBFloat16, BFloat16, BFloat16, 3)      \
+  X(StochasticBFloat16, BFloat16, Float32,  3)      \
+  X(StochasticBFloat16, BFloat16, Int8,     2)
+// clang-format on
+
+// Those among them that also have one for tables with averages, and one that measures.
+constexpr bool is_common(int combination) {
+  return combination == Line_Float32_Float32_Float32 || combination == Line_BFloat16_BFloat16_BFloat16;
+}
+
+constexpr int blocks_at_once(int combination, bool ema) {
   switch (combination) {
-    case Line_Float32_Float32_Float32:
-      return ema ? 3 : 4;
-    case Line_BFloat16_BFloat16_BFloat16:
-      return ema || table_in_memory ? 2 : 3;
-    case kAnyCombination:
-      return 1;
+#define FSGD_BLOCKS(P, G, M, blocks) \
+  case Line_##P##_##G##_##M:         \
+    return ema ? blocks - 1 : blocks;
+    FSGD_OWN_KERNELS(FSGD_BLOCKS)
+#undef FSGD_BLOCKS
     default:
       return ema ? 1 : 2;
   }
@@ -41,11 +64,12 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
 }
 
 template <int kCombination, bool kEma, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, blocks_at_once(kCombination, kEma, kCapacity == 0)) void sgd_step(
+__global__ __launch_bounds__(kThreads, blocks_at_once(kCombination, kEma)) void sgd_step(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   const Table table = arguments.table();
-  walk_thread<kCombination, kEma>(table, blockIdx.x, threadIdx.x);
-  if constexpr (kCombination == kAnyCombination) {
+  walk_thread<kCombination, kEma>(table, arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x,
+                                  threadIdx.x);
+  if constexpr (kCombination == kAnyCombination || (kCombination >= 0 && kCombinations[kCombination].counts_steps)) {
     if (table.scalars.ticket != nullptr && is_last_block(table.scalars.ticket)) {
       count_steps_thread(table, threadIdx.x);
       if (threadIdx.x == 0) *table.scalars.ticket = 0;
@@ -63,41 +87,49 @@ struct Phase {
 };
 
 template <int kCombination, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, kCombination < 0 ? 2 : 4) void measure_gradients(
+__global__ __launch_bounds__(kMeasureThreads, kCombination < 0 ? 4 : 5) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
-  const Table table = arguments.table();
-  const Sums& sums = arguments.head.sums;
-  measure_block<kCombination>(table, sums, blockIdx.x, memory, Phase());
-  if (is_last_block(sums.ticket)) add_up(table, sums, memory, Phase());
+  measure_block<kCombination>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
 }
 
-// The kernel that walks a table best: of its one combination, where that has one, or of several.
-int kernel_for(const TablePacker& packer) {
-  switch (packer.only_combination()) {
-    case Line_Float32_Float32_Float32:
-    case Line_BFloat16_BFloat16_BFloat16:
-      return packer.only_combination();
+// The combination whose kernel is a table's, or one of kAny….
+int kernel_for(const TablePacker& packer, bool measures) {
+  const int only = packer.only_combination();
+  const int with_switch = packer.is_plain() ? kAnyPlain : kAnyCombination;
+  if (measures || packer.has_ema()) return only >= 0 && is_common(only) ? only : with_switch;
+  switch (only) {
+#define FSGD_OWN(P, G, M, blocks) case Line_##P##_##G##_##M:
+    FSGD_OWN_KERNELS(FSGD_OWN)
+#undef FSGD_OWN
+    return only;
     default:
-      return packer.is_plain() ? kAnyPlain : kAnyCombination;
+      return with_switch;
   }
+}
+
+template <int kCombination, bool kEma, std::size_t kCapacity>
+const void* step_kernel_of() {
+  if constexpr (kEma && kCombination >= 0 && !is_common(kCombination))
+    return nullptr;
+  else if constexpr (kCombination == kAnyCombination && kCapacity == kSmallCapacity)
+    return nullptr;  // takes the large arguments
+  else
+    return reinterpret_cast<const void*>(&sgd_step<kCombination, kEma, kCapacity>);
 }
 
 template <bool kEma, std::size_t kCapacity>
 const void* step_kernel(int combination) {
   switch (combination) {
-    case Line_Float32_Float32_Float32:
-      return reinterpret_cast<const void*>(&sgd_step<Line_Float32_Float32_Float32, kEma, kCapacity>);
-    case Line_BFloat16_BFloat16_BFloat16:
-      return reinterpret_cast<const void*>(&sgd_step<Line_BFloat16_BFloat16_BFloat16, kEma, kCapacity>);
+#define FSGD_OWN(P, G, M, blocks) \
+  case Line_##P##_##G##_##M:      \
+    return step_kernel_of<Line_##P##_##G##_##M, kEma, kCapacity>();
+    FSGD_OWN_KERNELS(FSGD_OWN)
+#undef FSGD_OWN
     case kAnyPlain:
-      return reinterpret_cast<const void*>(&sgd_step<kAnyPlain, kEma, kCapacity>);
+      return step_kernel_of<kAnyPlain, kEma, kCapacity>();
     default:
-      if constexpr (kCapacity == kSmallCapacity) {
-        return nullptr;  // small tables take the large arguments
-      } else {
-        return reinterpret_cast<const void*>(&sgd_step<kAnyCombination, kEma, kCapacity>);
-      }
+      return step_kernel_of<kAnyCombination, kEma, kCapacity>();
   }
 }
 
@@ -112,7 +144,7 @@ const void* measure_kernel(int combination) {
       return reinterpret_cast<const void*>(&measure_gradients<kAnyPlain, kCapacity>);
     default:
       if constexpr (kCapacity == kSmallCapacity) {
-        return nullptr;  // small tables take the large arguments
+        return nullptr;  // takes the large arguments
       } else {
         return reinterpret_cast<const void*>(&measure_gradients<kAnyCombination, kCapacity>);
       }
@@ -245,10 +277,7 @@ struct Launcher::Captured {
 };
 
 Launcher::Launcher(int device, ReleaseCache release_cache)
-    : device_(device),
-      release_cache_(release_cache),
-      multiprocessors_(static_cast<uint64_t>(attribute(cudaDevAttrMultiProcessorCount, device))),
-      captured_(std::make_unique<Captured>()) {}
+    : device_(device), release_cache_(release_cache), captured_(std::make_unique<Captured>()) {}
 
 Launcher::~Launcher() = default;
 
@@ -256,13 +285,8 @@ std::unique_ptr<Launcher::Memory> Launcher::allocate(std::size_t bytes) const {
   return std::make_unique<Memory>(bytes, device_, release_cache_);
 }
 
-void Launcher::prepare(TablePacker& packer, Stream stream, Norms norms) {
-  const std::size_t bytes = packed_bytes(packer);  // whatever the size of the chunks
-  const auto blocks = multiprocessors_ * static_cast<uint64_t>(blocks_at_once(kernel_for(packer), packer.has_ema(),
-                                                                              bytes > kLargeCapacity));
-  // A grid may have 2^31 - 1 blocks. The packer takes 2^32 chunks of the smallest size, and so large a table gets
-  // chunks of the largest one, a fourth as many; more tensors than that no process has.
-  packer.rechunk(choose_log2_chunk(static_cast<uint64_t>(packer.elements()), blocks));
+void Launcher::prepare(const TablePacker& packer, Stream stream, Norms norms) {
+  const std::size_t bytes = packed_bytes(packer);
   if (norms != Norms::None || packer.counts_steps()) make_room(packer, norms);
   captured_->prepared = nullptr;
   if (bytes <= kLargeCapacity) return;
@@ -297,45 +321,49 @@ void Launcher::make_room(const TablePacker& packer, Norms norms) {
   if (skipped_steps_ == nullptr) skipped_steps_ = reinterpret_cast<int64_t*>(cleared(sizeof(int64_t)));
   const Table table = packer.table();
   const bool params = norms == Norms::GradientsAndParameters;
-  if (table.tile_count() > tile_capacity_ || table.row_count > row_capacity_ || (params && param_tiles_ == nullptr)) {
-    const std::size_t tiles = 2 * table.tile_count(), rows = 2 * std::size_t{table.row_count};
-    const std::size_t doubles = 2 + 2 * rows + (params ? 2 : 1) * tiles + 1;  // the last one: flag and ticket
-    auto* next = reinterpret_cast<double*>(cleared(doubles * sizeof(double)));
+  if (table.chunk_count() > chunk_capacity_ || table.row_count > row_capacity_ ||
+      (params && param_squares_ == nullptr)) {
+    const std::size_t chunks = 2 * std::size_t{table.chunk_count()}, rows = 2 * std::size_t{table.row_count};
+    const std::size_t doubles = 2 + 2 * rows + (params ? 2 : 1) * chunks, counters = 2 + rows;
+    auto* next = reinterpret_cast<double*>(cleared(doubles * sizeof(double) + counters * sizeof(uint32_t)));
     const auto take = [&](std::size_t count) { return std::exchange(next, next + count); };
     sums_.totals = take(2);
     sums_.row_squares = take(2 * rows);
-    sums_.grad_tiles = take(tiles);
-    param_tiles_ = params ? take(tiles) : nullptr;
+    sums_.grad_squares = take(chunks);
+    param_squares_ = params ? take(chunks) : nullptr;
     sums_.nonfinite = reinterpret_cast<uint32_t*>(next);
-    sums_.ticket = sums_.nonfinite + 1;
-    tile_capacity_ = tiles;
+    sums_.counter = sums_.nonfinite + 1;
+    sums_.row_counters = sums_.nonfinite + 2;
+    chunk_capacity_ = chunks;
     row_capacity_ = rows;
   }
-  sums_.param_tiles = params ? param_tiles_ : nullptr;
+  sums_.param_squares = params ? param_squares_ : nullptr;
 }
 
 void Launcher::measure(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream) {
-  run(Pass::Measure, packer, scalars, grad_scale, stream);
+  run(/*measures=*/true, packer, scalars, grad_scale, stream);
 }
 
 void Launcher::launch(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream) {
-  run(Pass::Step, packer, scalars, grad_scale, stream);
+  run(/*measures=*/false, packer, scalars, grad_scale, stream);
 }
 
-void Launcher::run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale,
+void Launcher::run(bool measures, const TablePacker& packer, const Scalars& scalars, const float* grad_scale,
                    Stream stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  const dim3 blocks(packer.table().chunk_count());
-  const int combination = kernel_for(packer);
+  const uint32_t chunks = packer.table().chunk_count();
+  const dim3 blocks(measures ? (chunks + kMeasureChunks - 1) / kMeasureChunks : chunks);
+  const dim3 threads(measures ? kMeasureThreads : kThreads);
+  const int combination = kernel_for(packer, measures);
   const bool ema = packer.has_ema();
   const std::size_t bytes = packed_bytes(packer);
   const auto go = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
-    const void* kernel = pass == Pass::Measure ? measure_kernel<kCapacity>(combination)
-                         : ema                 ? step_kernel<true, kCapacity>(combination)
-                                               : step_kernel<false, kCapacity>(combination);
+    const void* kernel = measures ? measure_kernel<kCapacity>(combination)
+                         : ema    ? step_kernel<true, kCapacity>(combination)
+                                  : step_kernel<false, kCapacity>(combination);
     void* pointers[] = {&arguments};
-    check(cudaLaunchKernel(kernel, blocks, dim3(kThreads), pointers, 0, stream), device_,
-          pass == Pass::Measure ? "launching the norms" : "launching the step");
+    check(cudaLaunchKernel(kernel, blocks, threads, pointers, 0, stream), device_,
+          measures ? "launching the norms" : "launching the step");
   };
   const auto with_table_in_arguments = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
     arguments.head = make_head(packer, scalars, grad_scale, sums_, nullptr);

@@ -30,10 +30,10 @@ class Launcher {
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
 
-  // Chooses the size of the chunks; brings the table into device memory if it is too large for the arguments and not
-  // what the device already holds; makes room for the sums of measure(), if they are asked for, and for the ticket.
+  // Brings the table into device memory if it is too large for the arguments and not what the device already holds;
+  // makes room for the sums of measure(), if they are asked for, and for the ticket.
   // Whatever can fail fails here, before anything is written.
-  void prepare(TablePacker& packer, Stream stream, Norms norms);
+  void prepare(const TablePacker& packer, Stream stream, Norms norms);
   // The first pass, over what was prepared last: leaves its sums where totals() and row_squares() say.
   void measure(const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
   // The step, over what was prepared last. grad_scale: a number on the host, or null.
@@ -49,12 +49,10 @@ class Launcher {
   struct Captured;
   std::unique_ptr<Memory> allocate(std::size_t bytes) const;
   void make_room(const TablePacker& packer, Norms norms);
-  enum class Pass { Measure, Step };
-  void run(Pass pass, const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
+  void run(bool measures, const TablePacker& packer, const Scalars& scalars, const float* grad_scale, Stream stream);
 
   int device_;
   ReleaseCache release_cache_;
-  uint64_t multiprocessors_;
   std::unique_ptr<Memory> memory_;  // of a table too large for the arguments; rewritten when it changed
   // A CUDA graph keeps the address of a table that it saw: such tables stay, unchanged, for as long as the optimizer.
   std::unique_ptr<Captured> captured_;
@@ -63,8 +61,8 @@ class Launcher {
   Sums sums_;
   int64_t* skipped_steps_ = nullptr;
   uint32_t* ticket_ = nullptr;
-  double* param_tiles_ = nullptr;
-  std::size_t tile_capacity_ = 0, row_capacity_ = 0;
+  double* param_squares_ = nullptr;
+  std::size_t chunk_capacity_ = 0, row_capacity_ = 0;
 };
 
 // Compute capabilities the kernels were built for, as in "75;80;90"; empty when there are none.

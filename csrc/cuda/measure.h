@@ -1,10 +1,13 @@
 // The first pass of a step that must see every gradient before it writes: sums of squares by the scheme of squares.h,
-// and whether a gradient is not finite. A block takes one chunk of the table, tile by tile; the last block to finish
-// adds up.
+// and whether a gradient is not finite. Each warp takes a chunk of the table, which needs no barrier. The block that
+// ends a row adds up the row's chunks, and the block that ends the last row adds up all rows.
 //
-// The threads of a block work in phases with a barrier after each. `Each` runs a phase: on a GPU for the calling
-// thread, with __syncthreads() behind it; in tests/native/test_grid.cpp for one thread after the other.
+// A block's threads work in phases with a barrier after each. `Each` runs a phase: on a GPU for the calling thread,
+// with
+// __syncthreads() behind it; in tests/native/test_grid.cpp for one thread after the other.
 #pragma once
+
+#include <utility>
 
 #include "arguments.h"
 #include "walk.h"
@@ -12,203 +15,347 @@
 namespace fused_sgd::cuda {
 
 inline constexpr uint32_t kWarp = 32;
-inline constexpr int kThreadLanes = kLanes / kWarp;  // neighbours: 16 bytes of bf16, 32 of fp32
-static_assert(kThreads == kLanes && kThreads / kWarp == kPairs, "a warp takes one pair of rows, a thread one lane");
+inline constexpr uint32_t kMeasureThreads = 128;  // of a block
+inline constexpr uint32_t kMeasureChunks = kMeasureThreads / kWarp;
+inline constexpr int kThreadLanes = kLanes / int{kWarp};  // neighbours: 16 bytes of bf16, 32 of fp32
+using Warp = Neighbours<kWarp>;
 
 // What the threads of a block share.
 struct BlockMemory {
-  double pairs[kPairs][kLanes];
   double lanes[kLanes];
-  uint32_t large_rows[kThreads];
-  uint32_t large_count;
+  double sum;
+  uint32_t ended[kMeasureChunks];  // rows that this block ended
+  uint32_t ended_count;
+  bool ended_all;
 };
 
 #if defined(__CUDA_ARCH__)
-FSGD_INLINE uint32_t take_number(uint32_t* counter) { return atomicAdd(counter, 1u); }
+FSGD_INLINE uint32_t add_to(uint32_t* counter, uint32_t part) { return atomicAdd(counter, part); }
 FSGD_INLINE void raise_flag(uint32_t* flag) { atomicOr(flag, 1u); }
+FSGD_INLINE void fence() { __threadfence(); }
 template <class T>
 FSGD_INLINE T read_written(const T* value) {  // by another block
   return __ldcg(value);
 }
 #else
-FSGD_INLINE uint32_t take_number(uint32_t* counter) { return (*counter)++; }
+FSGD_INLINE uint32_t add_to(uint32_t* counter, uint32_t part) { return std::exchange(*counter, *counter + part); }
 FSGD_INLINE void raise_flag(uint32_t* flag) { *flag |= 1u; }
+FSGD_INLINE void fence() {}
 template <class T>
 FSGD_INLINE T read_written(const T* value) {
   return *value;
 }
 #endif
 
-// The tree over 256 lanes, the result in memory.lanes[0]; two phases.
-template <class Each>
-FSGD_INLINE void fold_lanes(BlockMemory& memory, Each each) {
-  each([&](uint32_t thread) {
-    if (thread >= kWarp) return;
-    for (uint32_t half = kLanes / 2; half >= kWarp; half /= 2) {
-      for (uint32_t lane = thread; lane < half; lane += kWarp) memory.lanes[lane] += memory.lanes[lane + half];
+// The tree over 256 lanes, of which every thread of a warp has eight neighbours.
+FSGD_INLINE double fold_warp(double (&lanes)[Warp::kParts][kThreadLanes]) {
+#if defined(__CUDA_ARCH__)
+  // Of two threads that add theirs, one goes on with the lower half and one with the upper.
+  const auto add_other = [](double keep, double give, int distance) {
+    return keep + __shfl_xor_sync(~0u, give, distance);
+  };
+  FSGD_UNROLL
+  for (int half = kThreadLanes / 2; half > 0; half /= 2) {
+    const int distance = half * 4;
+    const bool upper = (threadIdx.x & distance) != 0;
+    FSGD_UNROLL
+    for (int k = 0; k < half; ++k) {
+      const double low = lanes[0][k], high = lanes[0][k + half];
+      lanes[0][k] = add_other(upper ? high : low, upper ? low : high, distance);
     }
-  });
-  each([&](uint32_t thread) {
-    if (thread == 0) fold(memory.lanes, kWarp);
-  });
+  }
+  double sum = lanes[0][0];
+  FSGD_UNROLL
+  for (int distance : {2, 1}) sum = add_other(sum, sum, distance);
+  // Threads' halves differ by their numbers' bits 4, 3 and 2: the rest of the tree.
+  FSGD_UNROLL
+  for (int distance : {16, 8, 4}) sum = add_other(sum, sum, distance);
+  return sum;
+#else
+  return fold(&lanes[0][0], kLanes);
+#endif
 }
 
-// The sum of squares of one tile, in memory.lanes[0]. load(i, x): eight elements from element i of the row on.
-template <class Acc, class Load, class Each>
-FSGD_INLINE void sum_tile(BlockMemory& memory, int64_t begin, int64_t length, Load load, Each each) {
-  each([&](uint32_t thread) {
-    const uint32_t pair = thread / kWarp, lane = thread % kWarp * kThreadLanes;
-    const int64_t first = begin + pair * 2 * kLanes + lane;
-    Acc x[kThreadLanes], y[kThreadLanes];
-    load(first, length - first, x);
-    load(first + kLanes, length - first - kLanes, y);
-    FSGD_UNROLL
-    for (int k = 0; k < kThreadLanes; ++k) {
-      memory.pairs[pair][lane + k] = add_square(square(static_cast<double>(x[k])), static_cast<double>(y[k]));
-    }
-  });
-  each([&](uint32_t thread) {
-    double sum = 0;
-    FSGD_UNROLL
-    for (int pair = 0; pair < kPairs; ++pair) sum += memory.pairs[pair][thread];
-    memory.lanes[thread] = sum;
-  });
-  fold_lanes(memory, each);
+template <class F, class Packed, class Acc>
+FSGD_INLINE void unpack_lanes(const Packed& packed, Acc (&x)[kThreadLanes]) {
+  typename F::Acc values[kThreadLanes];
+  F::unpack(packed, values);
+  FSGD_UNROLL
+  for (int k = 0; k < kThreadLanes; ++k) x[k] = static_cast<Acc>(values[k]);
 }
 
 // Eight elements from element i on, of which `left` are the tensor's; the others are 0.
 template <class Acc, class F>
 FSGD_INLINE void load_lanes(const F& format, int64_t i, int64_t left, bool wide, Acc (&x)[kThreadLanes]) {
   if (left >= kThreadLanes) {
-    typename F::Acc values[kThreadLanes];
-    const auto packed = format.template load_pack<kThreadLanes>(i, wide);
-    F::unpack(packed, values);
-    FSGD_UNROLL
-    for (int k = 0; k < kThreadLanes; ++k) x[k] = static_cast<Acc>(values[k]);
+    unpack_lanes<F>(format.template load_pack<kThreadLanes>(i, wide), x);
   } else {
     FSGD_UNROLL
     for (int k = 0; k < kThreadLanes; ++k) x[k] = k < left ? static_cast<Acc>(format.load(i + k)) : Acc(0);
   }
 }
 
-// The tiles of one chunk of one row.
-template <class P, class G, class Each>
-FSGD_INLINE void measure_chunk(const Table& table, const Sums& sums, uint32_t row_number, int64_t chunk,
-                               BlockMemory& memory, Each each) {
-  using Acc = typename P::Acc;
-  const Row& row = table.row(row_number);
-  const P param(row.columns());
-  const G grad(row.columns() + P::kColumns);
+// One thread's lanes of a tile, from element `first` on, of which `left` elements are the tensor's. look(x) is shown
+// all of them, and may change them.
+template <class Acc, class F, class Look>
+FSGD_INLINE void sum_lanes(const F& format, int64_t first, int64_t left, bool wide, Look look,
+                           double (&sums)[kThreadLanes]) {
+  FSGD_UNROLL
+  for (int k = 0; k < kThreadLanes; ++k) sums[k] = 0;
+  const auto add_pair = [&](Acc(&x)[kThreadLanes], Acc(&y)[kThreadLanes]) {
+    look(x);
+    look(y);
+    FSGD_UNROLL
+    for (int k = 0; k < kThreadLanes; ++k)
+      sums[k] += add_square(square(static_cast<double>(x[k])), static_cast<double>(y[k]));
+  };
+  // All loads of two pairs come before the first sum. What they bring stays packed, to save registers; doubles are too
+  // large for that.
+  if constexpr (sizeof(typename F::Acc) == 4) {
+    constexpr int kAhead = 4;  // rows
+    if (wide && left >= kTile - kLanes + kThreadLanes) {
+      for (int row = 0; row < 2 * kPairs; row += kAhead) {
+        typename F::template Packed<kThreadLanes> packed[kAhead];
+        FSGD_UNROLL
+        for (int k = 0; k < kAhead; ++k) {
+          packed[k] = format.template load_pack<kThreadLanes>(first + (row + k) * kLanes, true);
+        }
+        FSGD_UNROLL
+        for (int k = 0; k < kAhead; k += 2) {
+          Acc x[kThreadLanes], y[kThreadLanes];
+          unpack_lanes<F>(packed[k], x);
+          unpack_lanes<F>(packed[k + 1], y);
+          add_pair(x, y);
+        }
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < kTile && i < left; i += 2 * kLanes) {
+    Acc x[kThreadLanes], y[kThreadLanes];
+    load_lanes(format, first + i, left - i, wide, x);
+    load_lanes(format, first + i + kLanes, left - i - kLanes, wide, y);
+    add_pair(x, y);
+  }
+}
+
+// The sum of squares of one tile, for the first thread of a warp.
+template <class Acc, class F, class Look>
+FSGD_INLINE double sum_tile(const F& format, int64_t begin, int64_t length, uint32_t thread, Look look) {
+  const bool wide = format.aligned(0);
+  double lanes[Warp::kParts][kThreadLanes];
+  FSGD_UNROLL
+  for (int part = 0; part < Warp::kParts; ++part) {
+    const int64_t first = begin + (thread % kWarp + part) * kThreadLanes;
+    sum_lanes<Acc>(format, first, length - first, wide, look, lanes[part]);
+  }
+  return fold_warp(lanes);
+}
+
+// The same for a gradient, which is looked at and divided by the step's scale.
+template <class G, class Acc>
+FSGD_INLINE double sum_grad_chunk_of(const Table& table, const Sums& sums, const G& grad, int64_t begin, int64_t length,
+                                     uint32_t thread) {
   const bool scaled = table.scalars.grad_scale != nullptr;
   const Acc scale = scaled ? static_cast<Acc>(*table.scalars.grad_scale) : Acc(1);
-  const bool wide_grad = grad.aligned(0), wide_param = param.aligned(0);
-  const int64_t first = chunk << (table.log2_chunk - kLog2Tile);
-  for (int64_t tile = first; tile < first + (int64_t{1} << (table.log2_chunk - kLog2Tile)); ++tile) {
-    const int64_t begin = tile << kLog2Tile;
-    if (begin >= row.length) return;
-    const std::size_t slot = table.first_tile(row_number) + static_cast<std::size_t>(tile);
-    const auto load_grad = [&](int64_t i, int64_t left, Acc(&x)[kThreadLanes]) {
-      load_lanes(grad, i, left, wide_grad, x);
-      bool nonfinite = false;
+  return sum_tile<Acc>(grad, begin, length, thread, [&](Acc(&x)[kThreadLanes]) {
+    bool nonfinite = false;
+    FSGD_UNROLL
+    for (int k = 0; k < kThreadLanes; ++k) nonfinite = nonfinite || is_nonfinite(x[k]) != 0;
+    if (nonfinite) raise_flag(sums.nonfinite);
+    if (!scaled) return;
+    FSGD_UNROLL
+    for (int k = 0; k < kThreadLanes; ++k) x[k] = divide(x[k], scale);
+  });
+}
+
+// Lines of FSGD_COMBINATIONS as bits. What has the same gradient and is computed in the same type has one piece of code
+// here, whatever else differs; and so has what has the same parameter.
+static_assert(kCombinationCount <= 64);
+#define FSGD_BIT(condition, P, G, M) | ((condition) ? uint64_t{1} << Line_##P##_##G##_##M : 0)
+template <class Gradient, class Acc>
+FSGD_INLINE constexpr uint64_t lines_with_gradient() {
+#define FSGD_LINE_BIT(P, G, M) FSGD_BIT((std::is_same_v<G, Gradient> && std::is_same_v<P::Acc, Acc>), P, G, M)
+  return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
+#undef FSGD_LINE_BIT
+}
+template <class Parameter>
+FSGD_INLINE constexpr uint64_t lines_with_parameter() {
+#define FSGD_LINE_BIT(P, G, M) FSGD_BIT((std::is_same_v<P, Parameter>), P, G, M)
+  return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
+#undef FSGD_LINE_BIT
+}
+FSGD_INLINE constexpr uint64_t lines_with_columns(int columns) {  // of the parameter
+#define FSGD_LINE_BIT(P, G, M) FSGD_BIT(P::kColumns == columns, P, G, M)
+  return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
+#undef FSGD_LINE_BIT
+}
+#undef FSGD_BIT
+static_assert((lines_with_columns(1) | lines_with_columns(2)) == ~uint64_t{0} >> (64 - kCombinationCount));
+// Those that a kernel for kCombination has code for.
+FSGD_INLINE constexpr uint64_t lines_of_kernel(int combination) {
+  if (combination == kAnyCombination) return ~uint64_t{0};
+  return combination == kAnyPlain ? (uint64_t{1} << kPlainCount) - 1 : uint64_t{1} << combination;
+}
+FSGD_INLINE constexpr bool is_lowest(uint64_t lines, int line) { return (lines & (~lines + 1)) == uint64_t{1} << line; }
+FSGD_INLINE bool has(uint64_t lines, int line) { return (lines >> line & 1) != 0; }
+
+// The sum of squares of one tile's gradients, for the first thread of a warp; and of its parameters.
+template <int kCombination>
+FSGD_INLINE double sum_grad_chunk(const Table& table, const Sums& sums, const Row& row, int line, int64_t begin,
+                                  uint32_t thread) {
+  void* const* column = row.columns() + (has(lines_with_columns(2), line) ? 2 : 1);
+#define FSGD_SUM(P, G, M)                                                                                            \
+  {                                                                                                                  \
+    constexpr uint64_t kLines = lines_with_gradient<G, P::Acc>() & lines_of_kernel(kCombination);                    \
+    if constexpr (is_lowest(kLines, Line_##P##_##G##_##M)) {                                                         \
+      if (has(kLines, line)) return sum_grad_chunk_of<G, P::Acc>(table, sums, G(column), begin, row.length, thread); \
+    }                                                                                                                \
+  }
+  FSGD_COMBINATIONS(FSGD_SUM)
+#undef FSGD_SUM
+  return 0;
+}
+template <int kCombination>
+FSGD_INLINE double sum_param_chunk(const Row& row, int line, int64_t begin, uint32_t thread) {
+#define FSGD_SUM(P, G, M)                                                                                     \
+  {                                                                                                           \
+    constexpr uint64_t kLines = lines_with_parameter<P>() & lines_of_kernel(kCombination);                    \
+    if constexpr (is_lowest(kLines, Line_##P##_##G##_##M)) {                                                  \
+      if (has(kLines, line)) {                                                                                \
+        return sum_tile<P::Acc>(P(row.columns()), begin, row.length, thread, [](P::Acc(&)[kThreadLanes]) {}); \
+      }                                                                                                       \
+    }                                                                                                         \
+  }
+  FSGD_COMBINATIONS(FSGD_SUM)
+#undef FSGD_SUM
+  return 0;
+}
+
+// One chunk, by a warp.
+template <int kCombination>
+FSGD_INLINE void measure_chunk(const Table& table, const Sums& sums, uint32_t chunk, uint32_t thread) {
+  const uint32_t i = table.find_row(chunk);
+  const Row& row = table.row(i);
+  const int line = kCombination < 0 ? static_cast<int>(row.combination()) : kCombination;
+  const int64_t begin = (chunk - table.chunk_begin(i)) * kChunk;
+  const double grad_sum = sum_grad_chunk<kCombination>(table, sums, row, line, begin, thread);
+  if (thread % kWarp == 0) sums.grad_squares[chunk] = grad_sum;
+  if (sums.param_squares == nullptr) return;
+  const double param_sum = sum_param_chunk<kCombination>(row, line, begin, thread);
+  if (thread % kWarp == 0) sums.param_squares[chunk] = param_sum;
+}
+
+// Adds to a counter that is 0 before and after. Whether that makes it complete.
+FSGD_INLINE bool completes(uint32_t* counter, uint32_t part, uint32_t all) {
+  if (part == all) return true;
+  if (add_to(counter, part) + part != all) return false;
+  *counter = 0;
+  return true;
+}
+
+// The sum over values[0], values[stride], … as fold_strided() has it, in memory.sum.
+template <class Each>
+FSGD_INLINE void sum_strided(BlockMemory& memory, const double* values, int64_t count, int64_t stride, Each each) {
+  constexpr int kAhead = 8;
+  each([&](uint32_t thread) {
+    for (uint32_t lane = thread; lane < kLanes; lane += kMeasureThreads) {
+      double sum = 0;
+      for (int64_t i = lane; i < count; i += kAhead * kLanes) {
+        double some[kAhead];
+        FSGD_UNROLL
+        for (int k = 0; k < kAhead; ++k) {
+          some[k] = i + k * kLanes < count ? read_written(values + (i + k * kLanes) * stride) : 0.0;
+        }
+        FSGD_UNROLL
+        for (int k = 0; k < kAhead; ++k) sum += some[k];
+      }
+      memory.lanes[lane] = sum;
+    }
+  });
+  each([&](uint32_t thread) {
+    if (thread >= kWarp || !Warp::takes_part(thread)) return;
+    double lanes[Warp::kParts][kThreadLanes];
+    FSGD_UNROLL
+    for (int part = 0; part < Warp::kParts; ++part) {
       FSGD_UNROLL
-      for (int k = 0; k < kThreadLanes; ++k) nonfinite = nonfinite || is_nonfinite(x[k]) != 0;
-      if (nonfinite) raise_flag(sums.nonfinite);
-      if (!scaled) return;
-      FSGD_UNROLL
-      for (int k = 0; k < kThreadLanes; ++k) x[k] = divide(x[k], scale);
-    };
-    sum_tile<Acc>(memory, begin, row.length, load_grad, each);
-    each([&](uint32_t thread) {
-      if (thread == 0) sums.grad_tiles[slot] = memory.lanes[0];
-    });
-    if (sums.param_tiles == nullptr) continue;
-    const auto load_param = [&](int64_t i, int64_t left, Acc(&x)[kThreadLanes]) {
-      load_lanes(param, i, left, wide_param, x);
-    };
-    sum_tile<Acc>(memory, begin, row.length, load_param, each);
-    each([&](uint32_t thread) {
-      if (thread == 0) sums.param_tiles[slot] = memory.lanes[0];
-    });
+      for (int k = 0; k < kThreadLanes; ++k) lanes[part][k] = memory.lanes[(thread + part) * kThreadLanes + k];
+    }
+    const double sum = fold_warp(lanes);
+    if (thread == 0) memory.sum = sum;
+  });
+}
+
+// The same for a few values, by one thread.
+inline constexpr uint32_t kFew = 4;
+FSGD_INLINE double sum_few(const double* values, uint32_t count) {
+  double lanes[kFew];
+  FSGD_UNROLL
+  for (uint32_t lane = 0; lane < kFew; ++lane) lanes[lane] = lane < count ? read_written(values + lane) : 0.0;
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// The rows that this block ended: short ones are a thread's each, long ones the block's.
+template <class Each>
+FSGD_INLINE void add_up_ended(const Table& table, const Sums& sums, BlockMemory& memory, Each each) {
+  const auto squares_of = [&](uint32_t i, uint32_t column) {  // 0: of the parameter, 1: of the gradient
+    return (column == 0 ? sums.param_squares : sums.grad_squares) + table.chunk_begin(i);
+  };
+  const uint32_t first_column = sums.param_squares != nullptr ? 0 : 1;
+  each([&](uint32_t thread) {
+    const uint32_t column = thread % 2;
+    if (thread / 2 >= memory.ended_count || column < first_column) return;
+    const uint32_t i = memory.ended[thread / 2], chunks = table.chunks_of(i);
+    if (chunks <= kFew) sums.row_squares[2 * i + column] = sum_few(squares_of(i, column), chunks);
+  });
+  for (uint32_t k = 0; k < memory.ended_count; ++k) {
+    const uint32_t i = memory.ended[k], chunks = table.chunks_of(i);
+    if (chunks <= kFew) continue;
+    for (uint32_t column = first_column; column < 2; ++column) {
+      sum_strided(memory, squares_of(i, column), chunks, 1, each);
+      each([&](uint32_t thread) {
+        if (thread == 0) sums.row_squares[2 * i + column] = memory.sum;
+      });
+    }
   }
 }
 
 // One block. kCombination as for walk_thread().
 template <int kCombination, class Each>
 FSGD_INLINE void measure_block(const Table& table, const Sums& sums, uint32_t block, BlockMemory& memory, Each each) {
-  const uint32_t i = table.find_row(block);
-  const int64_t chunk = block - table.chunk_begin(i);
-  const int line = kCombination < 0 ? static_cast<int>(table.row(i).combination()) : kCombination;
-#define FSGD_MEASURE_ROW(P, G, M)                                                                      \
-  if constexpr (has_line(kCombination, Line_##P##_##G##_##M)) {                                        \
-    if (line == Line_##P##_##G##_##M) return measure_chunk<P, G>(table, sums, i, chunk, memory, each); \
-  }
-  FSGD_COMBINATIONS(FSGD_MEASURE_ROW)
-#undef FSGD_MEASURE_ROW
-}
-
-// The sum over values[0], values[stride], … by the whole block, in memory.lanes[0].
-template <class Each>
-FSGD_INLINE void sum_strided(BlockMemory& memory, const double* values, int64_t count, int64_t stride, Each each) {
+  const uint32_t begin = block * kMeasureChunks, count = table.chunk_count();
+  const uint32_t end = count - begin < kMeasureChunks ? count : begin + kMeasureChunks;
   each([&](uint32_t thread) {
-    double sum = 0;
-    for (int64_t k = thread; k < count; k += kLanes) sum += read_written(values + k * stride);
-    memory.lanes[thread] = sum;
+    const uint32_t chunk = begin + thread / kWarp;
+    if (Warp::takes_part(thread) && chunk < end) measure_chunk<kCombination>(table, sums, chunk, thread);
   });
-  fold_lanes(memory, each);
-}
-
-// The same by one thread, for a few.
-FSGD_INLINE double sum_few(const double* values, int64_t count) {
-  constexpr int kFew = 8;
-  double lanes[kFew];
-  FSGD_UNROLL
-  for (int lane = 0; lane < kFew; ++lane) lanes[lane] = lane < count ? read_written(values + lane) : 0.0;
-  FSGD_UNROLL
-  for (int half = kFew / 2; half > 0; half /= 2) {
-    FSGD_UNROLL
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
-
-// The last block: from tiles to rows, from rows to the total. Small rows are a thread's each, large ones the block's.
-template <class Each>
-FSGD_INLINE void add_up(const Table& table, const Sums& sums, BlockMemory& memory, Each each) {
-  const auto sum_row = [&](uint32_t i, auto sum) {
-    const int64_t tiles = tiles_of(table.row(i));
-    if (sums.param_tiles != nullptr) sum(sums.param_tiles + table.first_tile(i), tiles, sums.row_squares + 2 * i);
-    sum(sums.grad_tiles + table.first_tile(i), tiles, sums.row_squares + 2 * i + 1);
-  };
-  for (uint32_t begin = 0; begin < table.row_count; begin += kThreads) {
-    each([&](uint32_t thread) {
-      if (thread == 0) memory.large_count = 0;
-    });
-    each([&](uint32_t thread) {
-      const uint32_t i = begin + thread;
-      if (i >= table.row_count) return;
-      if (tiles_of(table.row(i)) > 8) {
-        memory.large_rows[take_number(&memory.large_count)] = i;
-        return;
-      }
-      sum_row(i, [](const double* values, int64_t tiles, double* result) { *result = sum_few(values, tiles); });
-    });
-    for (uint32_t k = 0; k < memory.large_count; ++k) {
-      sum_row(memory.large_rows[k], [&](const double* values, int64_t tiles, double* result) {
-        sum_strided(memory, values, tiles, 1, each);
-        each([&](uint32_t thread) {
-          if (thread == 0) *result = memory.lanes[0];
-        });
-      });
+  each([&](uint32_t thread) {
+    if (thread != 0) return;
+    fence();
+    memory.ended_count = 0;
+    uint32_t i = table.find_row(begin);
+    for (uint32_t chunk = begin; chunk < end; ++i) {
+      const uint32_t row_end = table.row(i).chunk_end, next = row_end < end ? row_end : end;
+      if (completes(sums.row_counters + i, next - chunk, table.chunks_of(i))) memory.ended[memory.ended_count++] = i;
+      chunk = next;
     }
-    each([](uint32_t) {});  // large_count is read by all before it is reset
-  }
+    fence();
+  });
+  if (memory.ended_count == 0) return;
+  add_up_ended(table, sums, memory, each);
+  each([&](uint32_t thread) {
+    if (thread != 0) return;
+    fence();
+    memory.ended_all = completes(sums.counter, memory.ended_count, table.row_count);
+    fence();
+  });
+  if (!memory.ended_all) return;
   sum_strided(memory, sums.row_squares + 1, table.row_count, 2, each);
   each([&](uint32_t thread) {
     if (thread != 0) return;
-    sums.totals[0] = memory.lanes[0];
+    sums.totals[0] = memory.sum;
     sums.totals[1] = read_written(sums.nonfinite) != 0 ? 1 : 0;
     *sums.nonfinite = 0;
-    *sums.ticket = 0;
   });
 }
 

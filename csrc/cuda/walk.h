@@ -11,7 +11,7 @@ namespace fused_sgd::cuda {
 inline constexpr uint32_t kThreads = 256;  // of a block
 // Instead of the line that all rows of a table have: the rows differ.
 inline constexpr int kAnyCombination = -1, kAnyPlain = -2;
-inline constexpr int kBytesInFlight = 96;  // a thread loads at most so many before its first store
+inline constexpr int kBytesInFlight = 192;  // a thread loads at most so many before its first store
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
@@ -60,7 +60,12 @@ class ThreadWalk {
   // Elements a pack: 16 bytes of the narrowest column, and as many elements of the others.
   static constexpr int kPack = 16 / smallest(P::kBytes, smallest(G::kBytes, M::kBytes));
   static constexpr int kPackBytes = kPack * (P::kBytes + G::kBytes + M::kBytes + (kEma ? int{sizeof(Acc)} : 0));
-  static constexpr int kUnroll = kPackBytes * 2 <= kBytesInFlight ? 2 : 1;
+  static constexpr int kTurns = kChunk / (kPack * int{kThreads});  // packs of a thread, in a whole chunk
+
+  // Which columns are aligned where the packs begin; the others are accessed element by element.
+  struct Wide {
+    bool param, grad, momentum, ema;
+  };
 
  public:
   FSGD_INLINE ThreadWalk(void* const* columns, const Hyperparameters<Acc>& hyperparameters)
@@ -73,70 +78,88 @@ class ThreadWalk {
   // Chunk number `chunk` of this tensor. Heads are peeled per tensor: its first chunk is longer by the elements before
   // the first 16-byte boundary, and all others begin on one. But batches and blocks count from element 0, whatever its
   // address.
-  FSGD_INLINE void chunk(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
+  FSGD_INLINE void chunk(uint32_t chunk, int64_t length, uint32_t thread) const {
     if constexpr (M::kBlock == 1) {
-      chunk_of_elements(chunk, chunk_elements, length, thread);
+      chunk_of_elements(chunk, length, thread);
     } else {
-      chunk_of_blocks(chunk, chunk_elements, length, thread);
+      chunk_of_blocks(chunk, length, thread);
     }
   }
 
  private:
-  FSGD_INLINE void chunk_of_elements(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
+  FSGD_INLINE void chunk_of_elements(uint32_t chunk, int64_t length, uint32_t thread) const {
     const int64_t head = elements_before_packs();
-    const int64_t begin = clamp(chunk == 0 ? 0 : head + chunk * chunk_elements, length);
-    const int64_t first_pack = clamp(head + chunk * chunk_elements, length);
-    const int64_t end = clamp(first_pack + chunk_elements, length);
+    const int64_t begin = clamp(chunk == 0 ? 0 : head + chunk * kChunk, length);
+    const int64_t first_pack = clamp(head + chunk * kChunk, length);
+    const int64_t end = clamp(first_pack + kChunk, length);
+    if (begin + thread < first_pack) element(begin + thread);  // they are fewer than a pack's, and so than a block's
+    const Wide wide{param_.aligned(head), grad_.aligned(head), !h_.has_momentum || momentum_.aligned(head),
+                    !has_ema() || ema_.aligned(head)};
+    const int64_t first = first_pack + int64_t{thread} * kPack;
+    if (end - first_pack == kChunk && wide.param && wide.grad && wide.momentum && wide.ema) {
+      constexpr int kAtOnce = packs_at_once();
+      for (int turn = 0; turn < kTurns; turn += kAtOnce) {
+        walk_packs<kAtOnce>(first + int64_t{turn} * kPack * kThreads, Wide{true, true, true, true});
+      }
+      return;
+    }
     const auto packs = static_cast<uint32_t>((end - first_pack) / kPack);
     const int64_t tail = first_pack + int64_t{packs} * kPack;
-    if (begin + thread < first_pack) element(begin + thread);  // both are shorter than a pack, and so than a block
     if (tail + thread < end) element(tail + thread);
-    // A column that is not aligned where the packs begin is accessed element by element.
-    const bool wide_param = param_.aligned(head), wide_grad = grad_.aligned(head),
-               wide_momentum = momentum_.aligned(head), wide_ema = has_ema() && ema_.aligned(head);
-    for (uint32_t j = thread; j < packs; j += kThreads * kUnroll) {
-      // All loads come before the first store. What they bring stays packed until its turn comes, to save registers.
-      typename P::template Packed<kPack> packed_p[kUnroll];
-      typename G::template Packed<kPack> packed_g[kUnroll];
-      typename M::template Packed<kPack> packed_b[kUnroll];
-      typename Ema::template Packed<kPack> packed_e[kUnroll];
+    for (uint32_t j = 0; thread + j * kThreads < packs; ++j) {
+      walk_packs<1>(first + int64_t{j} * kPack * kThreads, wide);
+    }
+  }
+
+  // As many as have kBytesInFlight.
+  FSGD_INLINE static constexpr int packs_at_once() {
+    int packs = 1;
+    while (2 * packs <= kTurns && 2 * packs * kPackBytes <= kBytesInFlight) packs *= 2;
+    return packs;
+  }
+
+  // kCount packs, of which the first begins with element `first`, and each of the others a block of threads behind.
+  template <int kCount>
+  FSGD_INLINE void walk_packs(int64_t first, Wide wide) const {
+    // All loads come before the first store. What they bring stays packed until its turn comes, to save registers.
+    typename P::template Packed<kPack> packed_p[kCount];
+    typename G::template Packed<kPack> packed_g[kCount];
+    typename M::template Packed<kPack> packed_b[kCount];
+    typename Ema::template Packed<kPack> packed_e[kCount];
+    FSGD_UNROLL
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t i = first + u * kPack * int{kThreads};
+      packed_p[u] = param_.template load_pack<kPack>(i, wide.param);
+      packed_g[u] = grad_.template load_pack<kPack>(i, wide.grad);
+      if (h_.has_momentum) packed_b[u] = momentum_.template load_pack<kPack>(i, wide.momentum);
+      if (has_ema()) packed_e[u] = ema_.template load_pack<kPack>(i, wide.ema);
+    }
+    FSGD_UNROLL
+    for (int u = 0; u < kCount; ++u) {
+      const int64_t i = first + u * kPack * int{kThreads};
+      Acc p[kPack], b[kPack];
+      typename G::Acc g[kPack];
+      P::unpack(packed_p[u], p);
+      G::unpack(packed_g[u], g);
+      if (h_.has_momentum) M::unpack(packed_b[u], b);
       FSGD_UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        if (j + u * kThreads >= packs) continue;
-        const int64_t i = first_pack + int64_t{j + u * kThreads} * kPack;
-        packed_p[u] = param_.template load_pack<kPack>(i, wide_param);
-        packed_g[u] = grad_.template load_pack<kPack>(i, wide_grad);
-        if (h_.has_momentum) packed_b[u] = momentum_.template load_pack<kPack>(i, wide_momentum);
-        if (has_ema()) packed_e[u] = ema_.template load_pack<kPack>(i, wide_ema);
-      }
-      FSGD_UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        if (j + u * kThreads >= packs) continue;
-        const int64_t i = first_pack + int64_t{j + u * kThreads} * kPack;
-        Acc p[kPack], b[kPack];
-        typename G::Acc g[kPack];
-        P::unpack(packed_p[u], p);
-        G::unpack(packed_g[u], g);
-        if (h_.has_momentum) M::unpack(packed_b[u], b);
+      for (int k = 0; k < kPack; ++k) update(h_, static_cast<Acc>(g[k]), p[k], b[k]);
+      param_.store_pack(i, wide.param, p);
+      if (h_.has_momentum) momentum_.store_pack(i, wide.momentum, b);
+      if (has_ema()) {
+        Acc e[kPack];
+        Ema::unpack(packed_e[u], e);
         FSGD_UNROLL
-        for (int k = 0; k < kPack; ++k) update(h_, static_cast<Acc>(g[k]), p[k], b[k]);
-        param_.store_pack(i, wide_param, p);
-        if (h_.has_momentum) momentum_.store_pack(i, wide_momentum, b);
-        if (has_ema()) {
-          Acc e[kPack];
-          Ema::unpack(packed_e[u], e);
-          FSGD_UNROLL
-          for (int k = 0; k < kPack; ++k) average(h_, p[k], e[k]);
-          ema_.store_pack(i, wide_ema, e);
-        }
+        for (int k = 0; k < kPack; ++k) average(h_, p[k], e[k]);
+        ema_.store_pack(i, wide.ema, e);
       }
     }
   }
 
-  FSGD_INLINE void chunk_of_blocks(uint32_t chunk, int64_t chunk_elements, int64_t length, uint32_t thread) const {
+  FSGD_INLINE void chunk_of_blocks(uint32_t chunk, int64_t length, uint32_t thread) const {
     using Together = Neighbours<M::kBlock / kPack>;
     if (!Together::takes_part(thread)) return;
-    const int64_t begin = chunk * chunk_elements, end = clamp(begin + chunk_elements, length);
+    const int64_t begin = chunk * kChunk, end = clamp(begin + kChunk, length);
     const bool wide_param = param_.aligned(0), wide_grad = grad_.aligned(0), wide_momentum = momentum_.aligned(0),
                wide_ema = has_ema() && ema_.aligned(0);
     for (int64_t first = begin + int64_t{thread} * kPack; first < end; first += int64_t{kThreads} * kPack) {
@@ -226,12 +249,12 @@ FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread
   const Row& row = table.row(i);
   const uint32_t chunk = block - table.chunk_begin(i);
   const int line = kCombination < 0 ? static_cast<int>(row.combination()) : kCombination;
-#define FSGD_WALK_ROW(P, G, M)                                                                                     \
-  if constexpr (has_line(kCombination, Line_##P##_##G##_##M)) {                                                    \
-    if (line == Line_##P##_##G##_##M) {                                                                            \
-      const Hyperparameters<P::Acc> h(table.groups[row.group()], table.scalars, i);                                \
-      return ThreadWalk<P, G, M, kEma>(row.columns(), h).chunk(chunk, table.chunk_elements(), row.length, thread); \
-    }                                                                                                              \
+#define FSGD_WALK_ROW(P, G, M)                                                             \
+  if constexpr (has_line(kCombination, Line_##P##_##G##_##M)) {                            \
+    if (line == Line_##P##_##G##_##M) {                                                    \
+      const Hyperparameters<P::Acc> h(table.groups[row.group()], table.scalars, i);        \
+      return ThreadWalk<P, G, M, kEma>(row.columns(), h).chunk(chunk, row.length, thread); \
+    }                                                                                      \
   }
   FSGD_COMBINATIONS(FSGD_WALK_ROW)
 #undef FSGD_WALK_ROW

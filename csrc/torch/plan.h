@@ -272,10 +272,11 @@ class Plan {
   std::vector<Target> targets_;
   std::vector<std::pair<Entry*, PyObject*>> installed_;  // whose state tensors, by key, this step put there
   // Of the first pass on the CPU; see squares.h.
-  std::vector<double> grad_tiles_, param_tiles_, row_squares_;
+  std::vector<double> grad_squares_, param_squares_, row_squares_;
   std::array<double, 2> totals_{};
   cuda::Norms norms_ = cuda::Norms::None;  // that this step needs
   bool totals_known_ = false;              // in this step
+  c10::Device totals_device_ = c10::kCPU;  // where they are told, if it is no GPU's kernel that has them
   bool totals_are_whole_ = true;           // and not those of the kernels' parameters alone
   // What totals() and row_squares() may tell: of a step that came to its end.
   bool tells_totals_ = false, tells_rows_ = false;

@@ -1,4 +1,5 @@
 // Memory that is shared, copied, or put into the state.
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "plan.h"

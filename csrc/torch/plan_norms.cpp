@@ -35,21 +35,21 @@ void Plan::measure_on_cpu(uint32_t row_begin, uint32_t row_end) {
   const Target& cpu = targets_[0];
   const Table table = cpu.packer.table(cpu.scalars);
   const bool params = norms_ == cuda::Norms::GradientsAndParameters;
-  const std::size_t tiles = table.tile_count();
-  if (grad_tiles_.size() < tiles) grad_tiles_.resize(tiles);
-  if (params && param_tiles_.size() < tiles) param_tiles_.resize(tiles);
+  const std::size_t chunks = table.chunk_count();
+  if (grad_squares_.size() < chunks) grad_squares_.resize(chunks);
+  if (params && param_squares_.size() < chunks) param_squares_.resize(chunks);
   if (row_squares_.size() < 2 * std::size_t{table.row_count}) row_squares_.resize(2 * std::size_t{table.row_count});
   if (row_begin == 0) totals_ = {};
   if (row_begin != row_end) {
-    double* const param_tiles = params ? param_tiles_.data() : nullptr;
+    double* const param_squares = params ? param_squares_.data() : nullptr;
     const auto measure = cpu::instruction_set().measure;
     std::atomic<bool> nonfinite = false;
     const uint32_t begin = table.chunk_begin(row_begin), end = table.row(row_end - 1).chunk_end;
     const auto run = [&](uint32_t from, uint32_t to) {
-      if (measure(table, from, to, grad_tiles_.data(), param_tiles)) nonfinite = true;
+      if (measure(table, from, to, grad_squares_.data(), param_squares)) nonfinite = true;
     };
-    over_chunks(begin, end, int64_t{end - begin} << table.log2_chunk, run, [](std::size_t, std::size_t) {});
-    add_up_rows(table, row_begin, row_end, grad_tiles_.data(), param_tiles, row_squares_.data());
+    over_chunks(begin, end, (end - begin) * kChunk, run, [](std::size_t, std::size_t) {});
+    add_up_rows(table, row_begin, row_end, grad_squares_.data(), param_squares, row_squares_.data());
     if (nonfinite) totals_[1] = 1;
   }
   if (row_end != table.row_count) return;
@@ -83,6 +83,7 @@ void Plan::combine(PyObject* reduce, PyObject* elsewhere) {
     if (target.packer.row_count() != 0) parts.push_back(&target);
   }
   const bool alone = parts.size() == 1 && reduce == Py_None && elsewhere == Py_None;
+  totals_device_ = c10::kCPU;
   if (alone) return;
   if (parts.empty()) {
     totals_ = {};
@@ -90,9 +91,14 @@ void Plan::combine(PyObject* reduce, PyObject* elsewhere) {
     parts.push_back(&targets_[0]);
   }
   const c10::Device device = parts.back()->device;  // a GPU, if there is one
+  totals_device_ = device;
   at::Tensor totals = at::zeros({2}, at::TensorOptions().dtype(at::kDouble).device(device));
   for (const Target* part : parts) totals.add_(totals_of(*part).to(device));
-  if (elsewhere != Py_None) totals.add_(py::cast<at::Tensor>(py::handle(elsewhere)).to(device, at::kDouble));
+  if (elsewhere != Py_None) {
+    const auto found = py::cast<at::Tensor>(py::handle(elsewhere));
+    if (!totals_device_.is_cuda()) totals_device_ = found.device();
+    totals.add_(found.to(device, at::kDouble));
+  }
   if (reduce != Py_None) {
     // A process may hold no element of a tensor that others hold some of: then it has no row for it.
     std::vector<at::Tensor> sums = {totals};
@@ -132,7 +138,7 @@ py::object Plan::totals() const {
   for (const Target& target : targets_) {
     if (target.launcher != nullptr && target.packer.row_count() != 0) return py::cast(totals_of(target).clone());
   }
-  return py::cast(totals_of(targets_[0]).clone());
+  return py::cast(totals_of(targets_[0]).to(totals_device_, at::kDouble, /*non_blocking=*/false, /*copy=*/true));
 }
 
 py::list Plan::row_squares() const {

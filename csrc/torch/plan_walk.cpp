@@ -1,5 +1,6 @@
 // The step itself, from a settled table to changed memory, and what comes after.
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>

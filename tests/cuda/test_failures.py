@@ -70,7 +70,7 @@ def test_memory_that_torch_only_keeps_is_given_back_for_a_table() -> None:
 
 @pytest.mark.exclusive
 def test_no_memory_for_momentum_buffers_leaves_the_optimizer_as_it_was() -> None:
-    params = [torch.zeros(1 << 20, device=GPU).requires_grad_() for _ in range(3)]
+    params = [torch.zeros(1 << 24, device=GPU).requires_grad_() for _ in range(3)]  # each fills what torch asked for
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = FusedSGD(params, lr=0.5, momentum=0.9, fused=True)

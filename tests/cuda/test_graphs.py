@@ -12,7 +12,7 @@ from torch import Tensor
 from support import assert_same, copies, make_params, same_bits
 
 GPU = "cuda:0"
-# In 4 KB of arguments, in 32 KB of them, in device memory.
+# In 8 KB of arguments, in 32 KB of them, in device memory.
 COUNTS = pytest.mark.parametrize("count", [3, 300, 1200])
 
 

@@ -55,7 +55,7 @@ def test_views_at_every_offset_that_end_with_their_memory(dtype: torch.dtype) ->
 @pytest.mark.parametrize("count", [2, 400, 1200])
 @pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES], ids=["one dtype", "four"])
 def test_tables_of_every_size(count: int, dtypes: list[torch.dtype]) -> None:
-    """In 4 KB of arguments, in 32 KB of them, in device memory."""
+    """In 8 KB of arguments, in 32 KB of them, in device memory."""
     params = [torch.randn(i % 9 + 1).to(GPU, dtypes[i % len(dtypes)]) for i in range(count)]
     step_on_both(params, [torch.randn_like(p) for p in params], lr=0.1, momentum=0.9)
 

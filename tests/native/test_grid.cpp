@@ -63,7 +63,7 @@ void fill(TablePacker& packer, const std::vector<Tensor>& tensors) {
 struct Phase {
   template <class F>
   void operator()(F f) const {
-    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) f(thread);
+    for (uint32_t thread = 0; thread < cuda::kMeasureThreads; ++thread) f(thread);
   }
 };
 
@@ -71,10 +71,9 @@ template <int kCombination>
 void measure_grid(const Table& table, const cuda::Sums& sums) {
   const auto memory = std::make_unique<cuda::BlockMemory>();
   // Blocks come in any order.
-  for (uint32_t block = table.chunk_count(); block-- > 0;) {
+  for (uint32_t block = (table.chunk_count() + cuda::kMeasureChunks - 1) / cuda::kMeasureChunks; block-- > 0;) {
     cuda::measure_block<kCombination>(table, sums, block, *memory, Phase());
   }
-  cuda::add_up(table, sums, *memory, Phase());
 }
 
 template <int kCombination>
@@ -109,13 +108,23 @@ void run_grid(const Table& table, const cuda::Sums& sums, int only) {
 
 // Memory for what a first pass finds.
 struct SumMemory {
-  std::vector<double> grad_tiles, param_tiles, row_squares, totals = {-1, -1};
-  uint32_t nonfinite = 0, ticket = 0;
+  std::vector<double> grad_squares, param_squares, row_squares, totals = {-1, -1};
+  uint32_t nonfinite = 0, counter = 0, ticket = 0;
+  std::vector<uint32_t> row_counters;
 
   explicit SumMemory(const Table& table)
-      : grad_tiles(table.tile_count(), -1), param_tiles(table.tile_count(), -1), row_squares(2 * table.row_count, -1) {}
+      : grad_squares(table.chunk_count(), -1),
+        param_squares(table.chunk_count(), -1),
+        row_squares(2 * table.row_count, -1),
+        row_counters(table.row_count) {}
   cuda::Sums sums() {
-    return {grad_tiles.data(), param_tiles.data(), row_squares.data(), totals.data(), &nonfinite, &ticket};
+    return {grad_squares.data(), param_squares.data(), row_squares.data(), totals.data(), &nonfinite, &counter,
+            row_counters.data()};
+  }
+  // The device's flags and counters are 0 again behind each launch.
+  bool is_ready() const {
+    return nonfinite == 0 && counter == 0 &&
+           std::all_of(row_counters.begin(), row_counters.end(), [](uint32_t done) { return done == 0; });
   }
 };
 
@@ -152,9 +161,9 @@ std::size_t launch(const TablePacker& packer, Scalars scalars, const float* grad
 void measure_on_cpu(const Table& table, SumMemory& sums) {
   const uint32_t middle = table.chunk_count() / 2;
   const auto measure = cpu::instruction_set().measure;
-  bool nonfinite = measure(table, middle, table.chunk_count(), sums.grad_tiles.data(), sums.param_tiles.data());
-  nonfinite |= measure(table, 0, middle, sums.grad_tiles.data(), sums.param_tiles.data());
-  add_up_rows(table, 0, table.row_count, sums.grad_tiles.data(), sums.param_tiles.data(), sums.row_squares.data());
+  bool nonfinite = measure(table, middle, table.chunk_count(), sums.grad_squares.data(), sums.param_squares.data());
+  nonfinite |= measure(table, 0, middle, sums.grad_squares.data(), sums.param_squares.data());
+  add_up_rows(table, 0, table.row_count, sums.grad_squares.data(), sums.param_squares.data(), sums.row_squares.data());
   sums.totals = {add_up_total(table, sums.row_squares.data()), nonfinite ? 1.0 : 0.0};
 }
 
@@ -171,7 +180,7 @@ bool same(const std::vector<Tensor>& a, const std::vector<Tensor>& b) {
   return true;
 }
 
-// Whether the grid gives what the CPU walk gives, for every chunk size a launch may choose.
+// Whether the grid gives what the CPU walk gives.
 bool grid_equals_walk(const std::vector<Tensor>& tensors, const float* grad_scale, std::size_t expected_capacity) {
   std::vector<Tensor> expected = tensors;
   TablePacker packer;
@@ -189,15 +198,14 @@ bool grid_equals_walk(const std::vector<Tensor>& tensors, const float* grad_scal
   count_steps(table, 0, 1);
   const float fine = 0;
   scalars.found_inf = &fine;
-  for (uint32_t log2 : {12u, 14u}) {
+  for (const bool scale_on_device : {false, true}) {
     std::vector<Tensor> walked = tensors;
     fill(packer, walked);
-    packer.rechunk(log2);
     SumMemory sums(packer.table());
-    scalars.grad_scale = log2 == 12 ? grad_scale : nullptr;
-    const float* number = log2 == 12 ? nullptr : grad_scale;
+    scalars.grad_scale = scale_on_device ? grad_scale : nullptr;
+    const float* number = scale_on_device ? nullptr : grad_scale;
     if (launch(packer, scalars, number, sums) != expected_capacity) return false;
-    if (sums.row_squares != cpu_sums.row_squares || sums.totals != cpu_sums.totals || sums.nonfinite != 0) {
+    if (sums.row_squares != cpu_sums.row_squares || sums.totals != cpu_sums.totals || !sums.is_ready()) {
       std::printf("the sums of squares differ: %.17g, on the CPU %.17g\n", sums.totals[0], cpu_sums.totals[0]);
       return false;
     }
@@ -232,8 +240,8 @@ int main() {
     }
     for (const bool ema : {false, true}) {
       with_ema = ema;
-      CHECK(grid_equals_walk(tensors, nullptr, cuda::kLargeCapacity));
-      CHECK(grid_equals_walk(tensors, &scale, cuda::kLargeCapacity));
+      CHECK(grid_equals_walk(tensors, nullptr, cuda::kSmallCapacity));
+      CHECK(grid_equals_walk(tensors, &scale, cuda::kSmallCapacity));
     }
   }
 
@@ -243,7 +251,7 @@ int main() {
     for (int line = 0; line < kCombinationCount; ++line) {
       tensors.emplace_back(line, 1 + 997 * line, line % 3, line % 5, line % 2);
     }
-    CHECK(grid_equals_walk(tensors, &scale, cuda::kLargeCapacity));
+    CHECK(grid_equals_walk(tensors, &scale, cuda::kSmallCapacity));
     with_ema = false;
   }
 
@@ -323,14 +331,13 @@ int main() {
     group.momentum = 0.5;
     void** columns = packer.add_row(length, packer.add_group(group), Line_BFloat16_BFloat16_BFloat16);
     for (int c = 0; c < 3; ++c) columns[c] = data[c];
-    packer.rechunk(14);
     const Table table = packer.table();
-    CHECK(table.chunk_count() == static_cast<uint32_t>((length + 16383) / 16384));
+    CHECK(table.chunk_count() == static_cast<uint32_t>((length + kChunk - 1) / kChunk));
     for (const int64_t i : {int64_t{0}, length / 2, length - 1}) {
       data[0][i] = float_to_bfloat16(4);
       data[1][i] = float_to_bfloat16(2);
       data[2][i] = float_to_bfloat16(8);
-      const auto block = static_cast<uint32_t>(i / 16384);
+      const auto block = static_cast<uint32_t>(i / kChunk);
       for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
         cuda::walk_thread<Line_BFloat16_BFloat16_BFloat16, false>(table, block, thread);
       }
@@ -340,18 +347,11 @@ int main() {
     for (auto& column : data) munmap(column, bytes);
   }
 
-  // Chunks: whole tiles, larger when all blocks have work.
-  CHECK(cuda::choose_log2_chunk(0, 528) == 12);
-  CHECK(cuda::choose_log2_chunk(25600000, 528) == 14);
-  CHECK(cuda::choose_log2_chunk(uint64_t{528} << 13, 528) == 13);
-  CHECK(cuda::choose_log2_chunk(uint64_t{1} << 40, 528) == 14);
-
   // The longest tensor that a packer takes is within a grid's 2^31 - 1 blocks.
   TablePacker packer;
   packer.start(3);
-  packer.add_row(int64_t{0xFFFFFFFF} << kLog2Tile, packer.add_group(Group()), 0);
-  packer.rechunk(cuda::choose_log2_chunk(static_cast<uint64_t>(packer.elements()), 528));
-  CHECK(packer.table().chunk_count() == 1u << 30);
+  packer.add_row(int64_t{0x7FFFFFFF} * kChunk, packer.add_group(Group()), 0);
+  CHECK(packer.table().chunk_count() == (1u << 31) - 1);
 
   std::printf("grid: %d failures\n", failures);
   return failures;
