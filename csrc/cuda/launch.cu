@@ -14,23 +14,23 @@ namespace {
 
 // Combinations that have a kernel of their own, which takes few registers, for tables of nothing else; others take one
 // with a switch. The last number is how many blocks a multiprocessor holds at least, which bounds the registers: as
-// many as do without spills.
+// many as do without spills, where the table is in the arguments and there are no averages.
 // clang-format off
 #define FSGD_OWN_KERNELS(X)                         \
   X(Float32,            Float32,  Float32,  3)      \
   X(Float32,            Float32,  BFloat16, 3)      \
-  X(Float32,            Float32,  Int8,     3)      \
+  X(Float32,            Float32,  Int8,     4)      \
   X(BFloat16,           BFloat16, BFloat16, 4)      \
   X(BFloat16,           BFloat16, Float32,  4)      \
-  X(BFloat16,           BFloat16, Int8,     3)      \
+  X(BFloat16,           BFloat16, Int8,     4)      \
   X(Float16,            Float16,  Float16,  4)      \
-  X(SplitBFloat16,      BFloat16, Float32,  3)      \
-  X(SplitBFloat16,      BFloat16, BFloat16, 3)      \
-  X(SplitBFloat16,      BFloat16, Int8,     2)      \
-  X(MasterBFloat16,     BFloat16, Float32,  3)      \
-  X(StochasticBFloat16, BFloat16, BFloat16, 3)      \
+  X(SplitBFloat16,      BFloat16, Float32,  4)      \
+  X(SplitBFloat16,      BFloat16, BFloat16, 4)      \
+  X(SplitBFloat16,      BFloat16, Int8,     4)      \
+  X(MasterBFloat16,     BFloat16, Float32,  4)      \
+  X(StochasticBFloat16, BFloat16, BFloat16, 4)      \
   X(StochasticBFloat16, BFloat16, Float32,  3)      \
-  X(StochasticBFloat16, BFloat16, Int8,     2)
+  X(StochasticBFloat16, BFloat16, Int8,     4)
 // clang-format on
 
 // Those among them that also have one for tables with averages, and one that measures.
@@ -38,11 +38,11 @@ constexpr bool is_common(int combination) {
   return combination == Line_Float32_Float32_Float32 || combination == Line_BFloat16_BFloat16_BFloat16;
 }
 
-constexpr int blocks_at_once(int combination, bool ema) {
+constexpr int blocks_at_once(int combination, bool ema, bool table_in_memory) {
   switch (combination) {
 #define FSGD_BLOCKS(P, G, M, blocks) \
   case Line_##P##_##G##_##M:         \
-    return ema ? blocks - 1 : blocks;
+    return ema || (table_in_memory && !is_common(combination)) ? blocks - 1 : blocks;
     FSGD_OWN_KERNELS(FSGD_BLOCKS)
 #undef FSGD_BLOCKS
     default:
@@ -64,7 +64,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
 }
 
 template <int kCombination, bool kEma, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, blocks_at_once(kCombination, kEma)) void sgd_step(
+__global__ __launch_bounds__(kThreads, blocks_at_once(kCombination, kEma, kCapacity == 0)) void sgd_step(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   const Table table = arguments.table();
   walk_thread<kCombination, kEma>(table, arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x,

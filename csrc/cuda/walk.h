@@ -57,8 +57,9 @@ class ThreadWalk {
   static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
   using Acc = typename P::Acc;
   using Ema = Plain<Acc, Acc, identity<Acc>, identity<Acc>>;
-  // Elements a pack: 16 bytes of the narrowest column, and as many elements of the others.
-  static constexpr int kPack = 16 / smallest(P::kBytes, smallest(G::kBytes, M::kBytes));
+  // Elements a pack: 16 bytes of the narrowest column, and as many elements of the others; but no more than eight,
+  // whose numbers fill the registers.
+  static constexpr int kPack = smallest(8, 16 / smallest(P::kBytes, smallest(G::kBytes, M::kBytes)));
   static constexpr int kPackBytes = kPack * (P::kBytes + G::kBytes + M::kBytes + (kEma ? int{sizeof(Acc)} : 0));
   static constexpr int kTurns = kChunk / (kPack * int{kThreads});  // packs of a thread, in a whole chunk
 
