@@ -49,7 +49,7 @@ bench-report: $(VENV)/dependencies
 
 # With the machine's own Python and torch: no environment is made, nothing is installed.
 gpu-check:
-	$(PYTHON) tests/gpu_check.py --stages=$(STAGES) --out=$(or $(OUT),runs/gpu-check)
+	$(PYTHON) tests/gpu_check.py --stages=$(STAGES) --devices=$(DEVICES) --out=$(or $(OUT),runs/gpu-check)
 
 lint: $(VENV)/installed $(VENV)/lint
 	$(VENV)/bin/ruff check .

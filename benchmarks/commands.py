@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
     # A missing module is told once, in the header and in the rows.
     warnings.filterwarnings("ignore", message="fused_sgd runs without its compiled module")
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` does: an interruption, too
     try:
         status: int = modules[arguments.command].run(arguments)
     except UserError as error:
@@ -61,4 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing more was written.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
     return status

@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> int:
         for sentence in fits.sentences(rows, clock.name, header["device"]["last_level_cache_bytes"]):
             console.print(sentence, soft_wrap=True)
     console.print(f"\nWritten to {results.write(options.output, header, rows)}", soft_wrap=True)
-    return 0
+    return options.budget.status
 
 
 def tensor_shapes(count: int) -> ShapeSet:

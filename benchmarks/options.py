@@ -26,10 +26,16 @@ class Budget:
     seconds: float
     effort: Effort
     begin: float = field(default_factory=time.monotonic)
+    interrupted: bool = False
 
     def left(self) -> float:
         """Seconds; negative when the time is up."""
-        return self.begin + self.seconds - time.monotonic()
+        return -1 if self.interrupted else self.begin + self.seconds - time.monotonic()
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run whose file was written."""
+        return 130 if self.interrupted else 0
 
     def effort_for(self, share: float) -> Effort:
         """The effort of one configuration, given its share of what is left; a half of it goes to the set-up."""

@@ -115,15 +115,22 @@ def run_cases(cases: Sequence[Case], options: Options, clocks: Sequence[Clock], 
                 continue
             tables_left = sum(len(later.threads) * len(clocks) for later in cases[done:])
             effort = options.budget.effort_for(1 / tables_left)
-            for rows in run_case(case, options, clocks, effort, show):
-                tables.show_configuration(progress.console, rows)
-                outcome.rows += rows
+            try:
+                for rows in run_case(case, options, clocks, effort, show):
+                    tables.show_configuration(progress.console, rows)
+                    outcome.rows += rows
+            except KeyboardInterrupt:
+                if not outcome.rows:
+                    raise
+                options.budget.interrupted = True  # what is there is written
+                outcome.left_out.append(f"{case}, interrupted")
             progress.advance(task)
             gc.collect()  # before the next one's memory is taken
             if options.device == "cuda":
                 torch.cuda.empty_cache()
     if outcome.left_out:
-        console.print(f"[yellow]The time was up before: {', '.join(outcome.left_out)}", soft_wrap=True)
+        why = "Interrupted" if options.budget.interrupted else "The time was up"
+        console.print(f"[yellow]{why} before: {', '.join(outcome.left_out)}", soft_wrap=True)
     return outcome
 
 

@@ -9,7 +9,8 @@ process; figures are medians and quartiles, and ratios are taken round by round.
 before it, so small shapes tell what steps cost that find the caches as the last one left them. The floor (`nothing`) is
 an optimizer whose step is empty. The ceilings are the same arithmetic over one flat array (`flat`) and a plain copy of
 as many bytes (`copy`). On a GPU there are four clocks: device time with a cold L2 cache, replay of a CUDA graph with
-buffers in turn, host time until step() returns, and wall time. Nothing is written unless the whole run succeeds.
+buffers in turn, host time until step() returns, and wall time. A run that is interrupted writes what it has found, one
+that fails writes nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def run(given: argparse.Namespace) -> int:
     tables.show_summary(console, outcome.rows)
     file = results.write(options.output, header, [row.as_json() for row in outcome.rows])
     console.print(f"\nWritten to {file}", soft_wrap=True)
-    return 0
+    return options.budget.status
 
 
 def _cases(shapes: Sequence[str] | None, options: shared.Options) -> list[Case]:

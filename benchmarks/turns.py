@@ -136,17 +136,24 @@ def run(
                 left_out.append(name)
                 continue
             effort = options.budget.effort_for(1 / ((len(to_do) - done) * len(options.threads) * len(clocks)))
-            for table in run_case(case, options, clocks, effort):
-                show(progress.console, table)
-                rows += table
+            try:
+                for table in run_case(case, options, clocks, effort):
+                    show(progress.console, table)
+                    rows += table
+            except KeyboardInterrupt:
+                if not rows:
+                    raise
+                options.budget.interrupted = True  # what is there is written
+                left_out.append(f"{name}, interrupted")
             progress.advance(bar)
             gc.collect()
             if options.device == "cuda":
                 torch.cuda.empty_cache()
     if left_out:
-        console.print(f"[yellow]The time was up before: {', '.join(left_out)}", soft_wrap=True)
+        why = "Interrupted" if options.budget.interrupted else "The time was up"
+        console.print(f"[yellow]{why} before: {', '.join(left_out)}", soft_wrap=True)
     header["left_out"] = left_out
     finish_header(header, console)
     file = results.write(options.output, header, [asdict(row) for row in rows])
     console.print(f"\nWritten to {file}", soft_wrap=True)
-    return 0
+    return options.budget.status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for mark, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Puts each failure into the file that $FAILURES names, at once: a machine's time may end before pytest's."""
+    if report.failed and (file := os.environ.get("FAILURES")) and "PYTEST_XDIST_WORKER" not in os.environ:
+        with Path(file).open("a", encoding="utf-8") as failures:
+            failures.write(f"===== {report.nodeid}, {report.when}\n{report.longreprtext}\n\n")
 
 
 def pytest_sessionstart() -> None:

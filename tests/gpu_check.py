@@ -1,7 +1,8 @@
 """What only hardware can show: builds on a machine with an NVIDIA GPU, and checks and measures there.
 
     make gpu-check                                 everything
-    make gpu-check STAGES=build,tests OUT=/tmp/x   some of it; the JSON and the log go to $OUT
+    make gpu-check STAGES=build,tests OUT=/tmp/x   some of it; the JSON, the log and what failed go to $OUT
+    make gpu-check DEVICES=cuda                    without the tests that run on the CPU alone
     python3 tests/gpu_check.py --help              the stages, and what else can be chosen
 
 It runs with the machine's own python3 and torch (2.11 or later, built with CUDA), offline, and installs nothing: the
@@ -59,6 +60,7 @@ class Check:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.archs: str = arguments.archs
+        self.devices: str = arguments.devices
         self.limit: float = arguments.limit
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
@@ -263,8 +265,11 @@ def tests(check: Check, details: dict[str, Any]) -> str:
     parallel = ["-n", str(min(os.cpu_count() or 1, 16))] if importlib.util.find_spec("xdist") else []
     suite = ROOT / "tests"
     threads = {"OMP_NUM_THREADS": "2"} if parallel else {}  # for each of the workers
+    where = [f"--devices={check.devices}"] if check.devices else []
+    if check.devices == "cuda":
+        where += ["-k", "cuda"]  # in tests' names: their folder, or the device among their parameters
     first, details["together"], _ = pytest(
-        check, "together", *parallel, "--ignore", suite / "integrations", suite, environment=threads
+        check, "together", *parallel, *where, "--ignore", suite / "integrations", suite, environment=threads
     )
     second, details["alone"], _ = pytest(check, "alone", "-m", "exclusive", suite / "cuda")
     counts = {key: sum(run[key] for run in details.values()) for key in ("passed", "on_cuda", "failed", "skipped")}
@@ -339,6 +344,7 @@ def pytest(
     report.unlink(missing_ok=True)
     position = check.log.stat().st_size
     # From another folder, since `python -m` puts its own on the path; and other versions may have other warnings.
+    environment = {**(environment or {}), "FAILURES": str(check.out / "failures.txt")}
     status = check.call(
         *prefix, sys.executable, "-m", "pytest", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}",
         "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}", *arguments, environment=environment,
@@ -368,6 +374,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=stages, default="", help=f"some of {','.join(STAGES)}; `look` always runs")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check", help="where the JSON and the log go")
+    parser.add_argument("--devices", default="", help="where tests run: cpu,cuda by default")
     parser.add_argument("--archs", default="", help="compute capabilities to build for, as in 90; default: the GPU's")
     parser.add_argument("--limit", type=float, default=1800, help="seconds that one command of a stage may take")
     arguments = parser.parse_args(argv)

@@ -130,6 +130,27 @@ def test_bad_input(argument: str, message: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_an_interrupted_run_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = benchmarks("runner")
+    whole, begun = runner.run_case, []
+
+    def run_case(case: Any, *rest: Any) -> Any:
+        begun.append(case)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        yield from whole(case, *rest)
+
+    monkeypatch.setattr(runner, "run_case", run_case)
+    shapes, peers = "--shapes=tiny161,resnet20,tiny161_groups", "--peers=ours,nothing"
+    arguments = ["step", "--quick", shapes, peers, "--dtypes=float32", "--device=cpu", "--threads=1"]
+    assert benchmarks("commands").main([*arguments, f"--output={tmp_path}"]) == 130
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert {row["shapes"] for row in result["rows"]} == {"tiny161"}
+    assert [name.split()[0] for name in result["left_out"]] == ["resnet20", "tiny161_groups"]
+    assert "interrupted" in result["left_out"][0]
+
+
 def test_no_device_is_a_message(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

@@ -2,9 +2,8 @@
 // and whether a gradient is not finite. Each warp takes a chunk of the table, which needs no barrier. The block that
 // ends a row adds up the row's chunks, and the block that ends the last row adds up all rows.
 //
-// A block's threads work in phases with a barrier after each. `Each` runs a phase: on a GPU for the calling thread,
-// with
-// __syncthreads() behind it; in tests/native/test_grid.cpp for one thread after the other.
+// A block's threads work in phases with a barrier after each. `Each` runs a phase: on a GPU for the calling thread and
+// with __syncthreads() behind it; in tests/native/test_grid.cpp for one thread after the other.
 #pragma once
 
 #include <utility>
