@@ -3,8 +3,7 @@
 // order; lanes fold in a fixed tree; and so do the tiles of a tensor, and the tensors of a step. All of it in double,
 // in which the square of a float is exact.
 //
-// Element e of a tile is in lane e % 256. A lane adds its 16 elements in eight pairs, one after the other. A pair is
-// what one thread of a GPU loads before it adds: rows 2w and 2w + 1 of the tile are those of warp w.
+// Element e of a tile is in lane e % 256. A lane adds its 16 elements in eight pairs, one after the other.
 #pragma once
 
 #include "arithmetic.h"

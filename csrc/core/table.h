@@ -3,7 +3,8 @@
 //
 // Work is counted in chunks. A chunk is kChunk elements of ONE tensor (the last one may be shorter), and every tensor
 // begins with a chunk of its own. Rows carry the running sum of chunks, so the tensor of any chunk is found by binary
-// search and no list of chunks exists. Norms are summed by the same pieces (squares.h).
+// search and no list of chunks exists. Norms are summed by pieces of the same size, tiles (squares.h), which stay where
+// they are when a GPU moves its chunks to aligned addresses.
 #pragma once
 
 #include <cstddef>
@@ -127,7 +128,7 @@ class TablePacker {
     if (bytes_.size() < used_bytes_ + row_bytes_) bytes_.resize(2 * (used_bytes_ + row_bytes_));
     chunks_ += (length - 1) / kChunk + 1;
     if (chunks_ > std::numeric_limits<int32_t>::max()) {  // a GPU's grid takes no more blocks
-      throw std::length_error("the parameters of one step have more than 2^31 chunks");
+      throw std::length_error("the parameters of one step have 2^31 or more chunks");
     }
     elements_ += length;
     counts_steps_ = counts_steps_ || kCombinations[combination].counts_steps;

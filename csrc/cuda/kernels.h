@@ -8,26 +8,32 @@ namespace {
 
 // Combinations that have a kernel of their own, which takes few registers, for tables of nothing else; others take one
 // with a switch. The last number is how many blocks a multiprocessor holds at least, which bounds the registers: as
-// many as do without spills, where the table is in the arguments and there are no averages.
+// many as do without spills, where the table is in the arguments and there are no averages. (blocks_at_once() has the
+// rest; a build with FUSED_SGD_WERROR=1 fails where it is one too many, on some architectures sooner than on others.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr int kStochastic = 3;
+#else
+inline constexpr int kStochastic = 4;
+#endif
 // clang-format off
-#define FSGD_OWN_KERNELS(X)                         \
-  X(Float32,            Float32,  Float32,  3)      \
-  X(Float32,            Float32,  BFloat16, 3)      \
-  X(Float32,            Float32,  Int8,     4)      \
-  X(BFloat16,           BFloat16, BFloat16, 4)      \
-  X(BFloat16,           BFloat16, Float32,  4)      \
-  X(BFloat16,           BFloat16, Int8,     4)      \
-  X(Float16,            Float16,  Float16,  4)      \
-  X(SplitBFloat16,      BFloat16, Float32,  4)      \
-  X(SplitBFloat16,      BFloat16, BFloat16, 4)      \
-  X(SplitBFloat16,      BFloat16, Int8,     4)      \
-  X(MasterBFloat16,     BFloat16, Float32,  4)      \
-  X(StochasticBFloat16, BFloat16, BFloat16, 4)      \
-  X(StochasticBFloat16, BFloat16, Float32,  3)      \
-  X(StochasticBFloat16, BFloat16, Int8,     4)
+#define FSGD_OWN_KERNELS(X)                              \
+  X(Float32,            Float32,  Float32,  3)           \
+  X(Float32,            Float32,  BFloat16, 3)           \
+  X(Float32,            Float32,  Int8,     4)           \
+  X(BFloat16,           BFloat16, BFloat16, 4)           \
+  X(BFloat16,           BFloat16, Float32,  4)           \
+  X(BFloat16,           BFloat16, Int8,     4)           \
+  X(Float16,            Float16,  Float16,  4)           \
+  X(SplitBFloat16,      BFloat16, Float32,  4)           \
+  X(SplitBFloat16,      BFloat16, BFloat16, 4)           \
+  X(SplitBFloat16,      BFloat16, Int8,     4)           \
+  X(MasterBFloat16,     BFloat16, Float32,  4)           \
+  X(StochasticBFloat16, BFloat16, BFloat16, kStochastic) \
+  X(StochasticBFloat16, BFloat16, Float32,  3)           \
+  X(StochasticBFloat16, BFloat16, Int8,     kStochastic)
 // clang-format on
 
-// Those among them that also have one for tables with averages, and one that measures.
+// Those among them that also have one for tables with averages, and one that measures (measure_kernel() names them).
 constexpr bool is_common(int combination) {
   return combination == Line_Float32_Float32_Float32 || combination == Line_BFloat16_BFloat16_BFloat16;
 }
@@ -105,9 +111,9 @@ int kernel_for(const TablePacker& packer, bool measures) {
 template <int kCombination, bool kEma, std::size_t kCapacity>
 const void* step_kernel_of() {
   if constexpr (kEma && kCombination >= 0 && !is_common(kCombination))
-    return nullptr;
+    return nullptr;  // kernel_for() does not ask for it
   else if constexpr (kCombination == kAnyCombination && kCapacity == kSmallCapacity)
-    return nullptr;  // takes the large arguments
+    return nullptr;  // nor here: small tables take the large arguments
   else
     return reinterpret_cast<const void*>(&sgd_step<kCombination, kEma, kCapacity>);
 }
@@ -138,7 +144,7 @@ const void* measure_kernel(int combination) {
       return reinterpret_cast<const void*>(&measure_gradients<kAnyPlain, kCapacity>);
     default:
       if constexpr (kCapacity == kSmallCapacity) {
-        return nullptr;  // takes the large arguments
+        return nullptr;  // small tables take the large arguments
       } else {
         return reinterpret_cast<const void*>(&measure_gradients<kAnyCombination, kCapacity>);
       }

@@ -61,8 +61,8 @@ constexpr std::size_t kMaxAsyncCopy = 64 * 1024;
 
 // A table in device memory, and what it holds. The memory is the driver's and not the caller's allocator's: a capture
 // would be given memory of its graph's pool, other streams than the one it was made for would have to be made known,
-// and at most a few megabytes are at stake. What the allocator keeps unused is asked back where the driver has none
-// left.
+// and at most some megabytes are at stake, 16 bytes or less for each chunk with norms. What the allocator keeps unused
+// is asked back where the driver has none left.
 class Launcher::Memory {
  public:
   Memory(std::size_t bytes, int device, ReleaseCache release_cache) : device_(device), capacity_(bytes) {

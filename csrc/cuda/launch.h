@@ -1,4 +1,5 @@
-// The CUDA backend: brings a table to the device and walks it in one launch. It knows no torch; streams are handles.
+// The CUDA backend: brings a table to the device and walks it in one launch, or two with norms. It knows no torch;
+// streams are handles.
 // Where the build has no nvcc, absent.cpp stands in for launch.cu.
 #pragma once
 
@@ -56,7 +57,8 @@ class Launcher {
   std::unique_ptr<Memory> memory_;  // of a table too large for the arguments; rewritten when it changed
   // A CUDA graph keeps the address of a table that it saw: such tables stay, unchanged, for as long as the optimizer.
   std::unique_ptr<Captured> captured_;
-  // Of the first pass. What it outgrew stays as well: a graph may hold it.
+  // Of the first pass, the ticket and the count of skipped steps. What it outgrew stays as well: a graph may hold it.
+  // Steps that use it must be ordered: nothing here makes one stream wait for another.
   std::vector<std::unique_ptr<Memory>> sum_memory_;
   Sums sums_;
   int64_t* skipped_steps_ = nullptr;

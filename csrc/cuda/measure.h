@@ -111,7 +111,7 @@ FSGD_INLINE void sum_lanes(const F& format, int64_t first, int64_t left, bool wi
   // All loads of two pairs come before the first sum. What they bring stays packed, to save registers; doubles are too
   // large for that.
   if constexpr (sizeof(typename F::Acc) == 4) {
-    constexpr int kAhead = 4;  // rows
+    constexpr int kAhead = 4;  // rows of 256 lanes
     if (wide && left >= kTile - kLanes + kThreadLanes) {
       for (int row = 0; row < 2 * kPairs; row += kAhead) {
         typename F::template Packed<kThreadLanes> packed[kAhead];
@@ -196,6 +196,7 @@ FSGD_INLINE constexpr uint64_t lines_of_kernel(int combination) {
   if (combination == kAnyCombination) return ~uint64_t{0};
   return combination == kAnyPlain ? (uint64_t{1} << kPlainCount) - 1 : uint64_t{1} << combination;
 }
+// Whether a line is the first of those that share a piece of code: it has that.
 FSGD_INLINE constexpr bool is_lowest(uint64_t lines, int line) { return (lines & (~lines + 1)) == uint64_t{1} << line; }
 FSGD_INLINE bool has(uint64_t lines, int line) { return (lines >> line & 1) != 0; }
 
@@ -319,7 +320,9 @@ FSGD_INLINE void add_up_ended(const Table& table, const Sums& sums, BlockMemory&
   }
 }
 
-// One block. kCombination as for walk_thread().
+// One block. kCombination as for walk_thread(). A chunk's sums are written by one thread; behind a fence its row's
+// counter is raised, and the block that completes it reads them. So it is with rows, their sums, and the counter of
+// rows.
 template <int kCombination, class Each>
 FSGD_INLINE void measure_block(const Table& table, const Sums& sums, uint32_t block, BlockMemory& memory, Each each) {
   const uint32_t begin = block * kMeasureChunks, count = table.chunk_count();

@@ -1,4 +1,5 @@
-// What one thread of the grid does. A block walks one chunk of the table; its threads take packs of 16 bytes in turn.
+// What one thread of the grid does. A block walks one chunk of the table; its threads take packs of elements in turn,
+// 16 bytes of the narrowest column or 8 elements.
 //
 // Nothing here is special to a GPU: tests/native/test_grid.cpp runs every thread of every block on the host, under
 // sanitizers, and compares with the CPU walk to the bit.
@@ -11,7 +12,7 @@ namespace fused_sgd::cuda {
 inline constexpr uint32_t kThreads = 256;  // of a block
 // Instead of the line that all rows of a table have: the rows differ.
 inline constexpr int kAnyCombination = -1, kAnyPlain = -2;
-inline constexpr int kBytesInFlight = 192;  // a thread loads at most so many before its first store
+inline constexpr int kBytesInFlight = 192;  // a thread loads no second pack before its first store beyond so many
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
@@ -93,7 +94,7 @@ class ThreadWalk {
     const int64_t begin = clamp(chunk == 0 ? 0 : head + chunk * kChunk, length);
     const int64_t first_pack = clamp(head + chunk * kChunk, length);
     const int64_t end = clamp(first_pack + kChunk, length);
-    if (begin + thread < first_pack) element(begin + thread);  // they are fewer than a pack's, and so than a block's
+    if (begin + thread < first_pack) element(begin + thread);  // they are fewer than a block's threads
     const Wide wide{param_.aligned(head), grad_.aligned(head), !h_.has_momentum || momentum_.aligned(head),
                     !has_ema() || ema_.aligned(head)};
     const int64_t first = first_pack + int64_t{thread} * kPack;

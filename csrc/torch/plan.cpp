@@ -72,6 +72,7 @@ py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_sc
                       PyObject* reduce, PyObject* elsewhere) {
   const Busy busy(*this);
   totals_known_ = tells_totals_ = tells_rows_ = false;
+  totals_device_ = c10::kCPU;
   if (!watches(state)) return py::make_tuple("state");
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::make_tuple("mode");
   gpu_grad_scale_ = on_gpu(grad_scale);

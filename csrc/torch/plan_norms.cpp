@@ -83,7 +83,6 @@ void Plan::combine(PyObject* reduce, PyObject* elsewhere) {
     if (target.packer.row_count() != 0) parts.push_back(&target);
   }
   const bool alone = parts.size() == 1 && reduce == Py_None && elsewhere == Py_None;
-  totals_device_ = c10::kCPU;
   if (alone) return;
   if (parts.empty()) {
     totals_ = {};

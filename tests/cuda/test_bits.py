@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_sgd import FusedSGD
+from fused_sgd import FusedLARS, FusedSGD
 from torch import Tensor
 
 from support import assert_same, copies, make_params, same_bits, set_grads
@@ -112,3 +112,25 @@ def test_special_values_and_subnormals() -> None:
             for optimizer in optimizers:
                 optimizer.step()
             assert_equal_across(*optimizers, step)
+
+
+@pytest.mark.parametrize("lars", [False, True], ids=["clipped", "LARS"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_equal_the_cpu(dtype: torch.dtype, lars: bool) -> None:
+    """Of more chunks in a row than lanes, and of more rows than those; the sums are the CPU's to the bit."""
+    on_cpu = make_params([(1_200_007,), (20_000,), *[(3,)] * 600], dtype)
+    params = on_gpu(on_cpu)
+    make = FusedLARS if lars else FusedSGD
+    optimizers = [
+        make(tensors, lr=0.1, momentum=0.9, weight_decay=0.01, max_grad_norm=1.0, fused=True)
+        for tensors in (params, on_cpu)
+    ]
+    for step in range(3):
+        set_grads(params, on_cpu, seed=step)
+        for optimizer in optimizers:
+            optimizer.step()
+        norm, expected = optimizers[0].grad_norm, optimizers[1].grad_norm
+        assert norm is not None
+        assert expected is not None
+        assert same_bits(norm.cpu(), expected)
+        assert_equal_across(*optimizers, step)

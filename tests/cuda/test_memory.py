@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused_sgd import FusedSGD
+from fused_sgd import FusedLARS, FusedSGD
+from precision_support import MODES
 from torch import Tensor
 
 from support import same_bits
@@ -21,14 +22,16 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LENGTHS = [1, 2, 3, 7, 8, 9, 31, 257, 1023, 2049]
 
 
-def step_on_both(params: list[Tensor], grads: list[Tensor], **options: Any) -> None:
+def step_on_both(params: list[Tensor], grads: list[Tensor], make: type[FusedSGD] = FusedSGD, **options: Any) -> None:
     """Three steps here and on the CPU, which must give the same bits."""
     twins = [p.cpu().requires_grad_() for p in params]
     params = [p.requires_grad_() for p in params]
     for p, twin, grad in zip(params, twins, grads, strict=True):
         p.grad_dtype = twin.grad_dtype = grad.dtype
         p.grad, twin.grad = grad, grad.cpu()
-    for optimizer in (FusedSGD(params, fused=True, **options), FusedSGD(twins, fused=True, **options)):
+    optimizers = make(params, fused=True, **options), make(twins, fused=True, **options)
+    for optimizer in optimizers:
+        torch.manual_seed(0)  # for stochastic rounding
         for _ in range(3):
             optimizer.step()
     torch.cuda.synchronize()
@@ -70,6 +73,25 @@ def test_a_tensor_of_many_chunks(options: dict[str, Any]) -> None:
 def test_no_momentum() -> None:
     params = [torch.randn(length).to(GPU) for length in LENGTHS]
     step_on_both(params, [torch.randn_like(p) for p in params], lr=0.1)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[2:3], DTYPES], ids=["float32", "bfloat16", "four"])
+@pytest.mark.parametrize("lars", [False, True], ids=["clipped", "LARS"])
+def test_norms(dtypes: list[torch.dtype], lars: bool) -> None:
+    """Of rows of one chunk, of a few and of many, which other blocks add up."""
+    lengths = [3, 4099, 20_011, 70_001, *[5] * 300]
+    params = [torch.randn(length).to(GPU, dtypes[i % len(dtypes)]) for i, length in enumerate(lengths)]
+    grads = [torch.randn_like(p) for p in params]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "ema_decay": 0.5}
+    make = FusedLARS if lars else FusedSGD
+    step_on_both(params, grads, make, max_grad_norm=1.0, skip_nonfinite=True, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_storage_modes(mode: str) -> None:
+    dtype, options = MODES[mode]
+    params = [torch.randn(shape).to(GPU, dtype) for shape in ((129, 65), (70, 128), (20_011,), (7,))]
+    step_on_both(params, [torch.randn_like(p) for p in params], lr=0.1, momentum=0.9, weight_decay=0.01, **options)
 
 
 def test_tensors_that_only_the_device_knows() -> None:

@@ -142,7 +142,7 @@ void run_launch(const TablePacker& packer, const Scalars& scalars, const float* 
   run_grid(arguments->table(), arguments->head.sums, packer.only_combination());
 }
 
-// As Launcher chooses. Returns how the table travelled.
+// As Launcher chooses, but that mixed tables may be small. Returns how the table travelled.
 std::size_t launch(const TablePacker& packer, Scalars scalars, const float* grad_scale, SumMemory& sums) {
   scalars.totals = sums.totals.data();
   scalars.row_squares = sums.row_squares.data();
@@ -292,7 +292,8 @@ int main() {
     CHECK(skipped == 8);
   }
 
-  // A tensor of more tiles than lanes, and more rows than threads: the tree of the last block, against plain sums.
+  // A tensor of more tiles than lanes, and more rows than threads: the trees of a long row and of all, against plain
+  // sums.
   {
     std::vector<Tensor> tensors = many(600, 0, 3);
     tensors.emplace_back(0, 300 * kTile + 77, 0, 0, 0);
