@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fused_sgd._dtensor import local, placed_like
-from fused_sgd._judge import gradient, state_tensor, state_tensors
+from fused_sgd._judge import gradient, name_of, state_tensor, state_tensors
 from fused_sgd._new_state import new_state
 from fused_sgd._norms import TrustRatio
 from fused_sgd._precision import (
@@ -65,7 +65,9 @@ def step_elsewhere(
                     _add_new_state(groups, number, param, state)
                     ratio = _by_reference(options, param, state, grad_scale, clip)
                     if ratio is not None and local(param).numel():  # the kernel has no row for an empty one
-                        ratios.append(TrustRatio(number, index, *(found.detach() for found in ratio)))
+                        param_norm, grad_norm, factor = (found.detach() for found in ratio)
+                        name = name_of(options, index)
+                        ratios.append(TrustRatio(number, index, param_norm, grad_norm, factor, name))
     return ratios
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fused_sgd._judge import choose, state_tensors
+from fused_sgd._judge import choose, name_of, state_tensors
 from fused_sgd._precision import Group, storage
 from torch import Tensor
 
@@ -44,14 +44,13 @@ def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
     """The rows for these param groups, in their order."""
     members: dict[tuple[int, str, str, str, str], list[str]] = {}
     for number, group in enumerate(groups):
-        names = group.get("param_names")
         for index, param in enumerate(group["params"]):
             kept = state_tensors(group, param, state)
             path, reason, *_ = choose(group, param, param.grad, kept)
             if param.grad is None:
                 reason = f"provisional: no gradient yet{'; ' if reason else ''}{reason}"
             key = (number, str(param.device), _dtypes(group, param, kept.get("momentum_buffer")), path, reason)
-            members.setdefault(key, []).append(names[index] if names else f"parameter {index}")
+            members.setdefault(key, []).append(name_of(group, index) or f"parameter {index}")
     return Explanation(Row(*key, parameters=len(found), names=tuple(found)) for key, found in members.items())
 
 

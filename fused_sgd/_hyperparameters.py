@@ -20,9 +20,6 @@ def check_defaults(defaults: dict[str, Any]) -> None:
     for key, name in (("lr", "learning rate"), ("momentum", "momentum value"), ("weight_decay", "weight_decay value")):
         if defaults[key] < 0.0:
             raise ValueError(f"Invalid {name}: {defaults[key]}")
-    for key in ("trust_coeff", "eps"):
-        if defaults.get(key, 0) < 0:
-            raise ValueError(f"Invalid {key}: {defaults[key]}; it must not be negative")
     if defaults["decoupled_weight_decay"] and "trust_coeff" in defaults:
         raise ValueError("`decoupled_weight_decay` and a trust ratio exclude each other")
     if defaults["nesterov"] and (defaults["momentum"] <= 0 or defaults["dampening"] != 0):
@@ -48,7 +45,7 @@ def check_numbers(options: dict[str, Any], where: str = "") -> None:
     _check_range(options, "ema_decay", "in [0, 1)", lambda decay: 0 <= decay < 1, where)
     for key in ("trust_coeff", "eps"):
         if key in options:
-            _check_range(options, key, "a number that is not NaN", lambda value: not math.isnan(value), where, False)
+            _check_range(options, key, "0 or more", lambda value: value >= 0, where, False)
     if options.get("decoupled_weight_decay") and "trust_coeff" in options:
         raise ValueError(f"`decoupled_weight_decay` and a trust ratio exclude each other{where}")
 
@@ -104,8 +101,8 @@ def check_grad_scale(grad_scale: Any) -> float | None:
         number = float(grad_scale)
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"grad_scale must be a number or a 1-element tensor, and is {grad_scale!r}") from error
-    if not math.isfinite(number) or number == 0:
-        raise ValueError(f"Invalid grad_scale: {number}")
+    if not 0 < number < math.inf:
+        raise ValueError(f"Invalid grad_scale: {number}; it must be positive and finite")
     return number
 
 

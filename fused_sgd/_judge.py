@@ -36,11 +36,17 @@ def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype}, shape {tuple(tensor.shape)}, {layout}, {tensor.device}"
 
 
+def name_of(options: Group, index: int) -> str | None:
+    """A parameter's name, if the optimizer was given named parameters."""
+    names = options.get("param_names")
+    return names[index] if names is not None and index < len(names) else None
+
+
 def place(groups: list[Group], group: int, index: int) -> str:
     """A parameter by its place in the optimizer, with its name if it has one and what it is."""
-    names = groups[group].get("param_names")
-    name = f" {names[index]!r}" if names is not None and index < len(names) else ""
-    return f"param group {group}, parameter {index}{name} ({describe(groups[group]['params'][index])})"
+    name = name_of(groups[group], index)
+    shown = "" if name is None else f" {name!r}"
+    return f"param group {group}, parameter {index}{shown} ({describe(groups[group]['params'][index])})"
 
 
 def state_tensor(state: dict[Tensor, Any], param: Tensor, key: str) -> Tensor | None:

@@ -22,6 +22,7 @@ class TrustRatio(NamedTuple):
     param_norm: Tensor  # L2, before the step
     grad_norm: Tensor  # L2, after unscaling and clipping
     ratio: Tensor  # what the gradient with its penalty was multiplied by, without the learning rate
+    name: str | None  # where the optimizer was given named parameters
 
 
 class Found(NamedTuple):

@@ -227,7 +227,8 @@ class Settling(Optimizer):
         """The trust ratios of what the last step left to Python, as fresh tensors."""
         found = self._last_found()
         rows = [] if found is None else found.ratios
-        return [TrustRatio(*row[:2], *(tensor.clone() for tensor in row[2:])) for row in rows]
+        tensors = ("param_norm", "grad_norm", "ratio")
+        return [row._replace(**{key: getattr(row, key).clone() for key in tensors}) for row in rows]
 
     def _convert_all(self) -> None:
         said: list[str] = []

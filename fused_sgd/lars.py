@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fused_sgd._judge import name_of
 from fused_sgd._norms import TrustRatio
 from fused_sgd.optimizer import FusedSGD
 from fused_sgd.reference import clip_coefficient, trust_ratio
@@ -100,17 +101,23 @@ class FusedLARS(FusedSGD):
 
         Those of a kernel's step are computed from the norms it has left, without waiting for the GPU, and with the
         options it had. Only a tensor ``lr`` or ``weight_decay`` on a GPU is read anew. Groups are numbered as they were
-        then. Parameters without elements are left out, and so are all after a step that failed, or of which the host
-        knows that it was skipped.
+        then. Names are those of named parameters, as :func:`fused_sgd.param_groups` gives them. Parameters without
+        elements are left out, and so are all after a step that failed, or of which the host knows that it was skipped.
         """
         rows = self._find_ratios()
         norm = super().grad_norm
-        for group, index, squares, max_grad_norm, options in [] if self._plan is None else self._plan.row_squares():
+        names = {
+            id(param): name_of(options, index)
+            for options in self.param_groups
+            for index, param in enumerate(options["params"])
+        }
+        found = [] if self._plan is None else self._plan.row_squares()
+        for group, index, param, squares, max_grad_norm, options in found:
             param_norm, grad_norm = squares.sqrt().unbind()
             if max_grad_norm and norm is not None:
                 grad_norm = grad_norm * clip_coefficient(norm, max_grad_norm).to(grad_norm.device)
             ratio = trust_ratio(param_norm, grad_norm, **options)
-            rows.append(TrustRatio(group, index, param_norm, grad_norm, ratio))
+            rows.append(TrustRatio(group, index, param_norm, grad_norm, ratio, names.get(id(param))))
         return sorted(rows, key=lambda row: (row.group, row.parameter))
 
     @property

@@ -244,7 +244,11 @@ def test_a_hyperparameter_that_is_no_number(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "error"),
-    [(0, ValueError), (NAN, ValueError), (float("inf"), ValueError), ("2", TypeError), (torch.ones(2), TypeError)],
+    [
+        *((scale, ValueError) for scale in (0, -2.0, NAN, float("inf"))),
+        ("2", TypeError),
+        (torch.ones(2), TypeError),
+    ],
 )
 def test_a_bad_grad_scale(scale: Any, error: type[Exception]) -> None:
     optimizer, _ = ready()

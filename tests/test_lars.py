@@ -119,6 +119,22 @@ def test_norms_are_those_of_the_step_s_own_parameters() -> None:
     assert [(row.group, row.parameter) for row in rows] == [(0, 0), (1, 1)]
     assert rows[0].ratio == 1
     assert rows[1].ratio < 0.01
+    assert [row.name for row in rows] == [None, None]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_norms_have_their_parameters_names(fused: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = FusedLARS(param_groups(model, 0.1), lr=0.1, fused=fused)
+    set_grads(list(model.parameters()), seed=0)
+    optimizer.step()
+    named = dict(model.named_parameters())
+    rows = optimizer.trust_ratios()
+    assert [row.name for row in rows] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    for row in rows:
+        assert optimizer.param_groups[row.group]["params"][row.parameter] is named[row.name]
+    del optimizer.param_groups[0]
+    assert [row.name for row in optimizer.trust_ratios()][1:] == ["0.bias", "1.weight", "1.bias"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
@@ -222,8 +238,18 @@ def test_nan(key: str, fused: bool) -> None:
 
 @pytest.mark.parametrize("key", ["trust_coeff", "eps"])
 def test_negative(key: str) -> None:
-    with pytest.raises(ValueError, match=f"Invalid {key}: -0.1; it must not be negative"):
+    message = f"Invalid {key}: -0.1; it must be 0 or more"
+    with pytest.raises(ValueError, match=message):
         FusedLARS(make_params([(3,)]), **{key: -0.1})
+    for fused in (True, False):
+        params = make_params([(3,)])
+        optimizer = FusedLARS(params, fused=fused)
+        set_grads(params, seed=0)
+        optimizer.param_groups[0][key] = -0.1
+        unchanged = snapshot(optimizer)
+        with pytest.raises(ValueError, match=rf"{message} \(param group 0\)"):
+            optimizer.step()
+        unchanged()
 
 
 @pytest.mark.parametrize("fused", [True, False])

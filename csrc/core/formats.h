@@ -92,9 +92,8 @@ FSGD_INLINE uint16_t float_to_float16(float value) {
   // Below 2^-14 the step is 2^-24, which is the fp32 step at 0.5: adding 0.5 makes the hardware round there.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
   uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7C00u : half;  // 2^16 and above
-  half = value != value ? 0x7E00u : half;
-  return static_cast<uint16_t>(half | sign);
+  half = (magnitude >= (143u << 23) ? 0x7C00u : half) | sign;  // 2^16 and above
+  return static_cast<uint16_t>(value != value ? 0x7E00u : half);
 }
 
 // Many conversions at once, where a processor has an instruction for it that compilers do not find.

@@ -11,6 +11,20 @@
 namespace fused_sgd::cpu {
 namespace {
 
+#if defined(__x86_64__) && !defined(__FMA__)
+inline constexpr bool kHasFma = false;  // it is a call, beside which nothing else about a loop matters
+#else
+inline constexpr bool kHasFma = true;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif
+// Whether there are loops for fewer of the rule's terms, which are more than half of what is compiled. They access the
+// same memory as those for all.
+inline constexpr bool kHasFasterLoops = kHasFma && !kSanitized;
+
 // Which of the rule's terms a loop can have. Beside narrow columns those are computed whether or not they are asked
 // for, and then selected, so a loop for fewer is faster where conversions keep the processor busy.
 //   Any                 all
@@ -214,11 +228,7 @@ class Loop {
   template <class F>
   static constexpr bool kNarrow = F::kBytes < 4 * F::kColumns;
   static constexpr bool kCallsAhead = kNarrow<P> || kNarrow<G> || (K::kMomentum && kNarrow<M>);
-#if defined(__x86_64__) && !defined(__FMA__)
-  static constexpr bool kSelects = false;  // fma is a call
-#else
-  static constexpr bool kSelects = kCallsAhead;
-#endif
+  static constexpr bool kSelects = kHasFma && kCallsAhead;
   // Whether a look at a batch can tell that what the rule makes of it is finite. Where nothing is drawn it costs more
   // than it gives.
   static constexpr bool kForesees = kDraws<P> && kTellsLarge<P> && kTellsLarge<G> && kTellsLarge<M>;

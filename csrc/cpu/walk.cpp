@@ -32,22 +32,23 @@ void walk_elements(void* const* columns, const Hyperparameters<typename P::Acc>&
 
 template <class P, class G, class M>
 WalkElements<P, G, M> choose_walk(const Hyperparameters<typename P::Acc>& h) {
-  const bool scaled = h.has_grad_scale, plain = !scaled && !h.nesterov;
-  if (!h.has_momentum) {
-    if (h.has_ema) return walk_elements<P, G, M, false, true, Terms::Any>;
-    return scaled ? walk_elements<P, G, M, false, false, Terms::Any>
-                  : walk_elements<P, G, M, false, false, Terms::Plain>;
+  if constexpr (kHasFasterLoops) {
+    const bool scaled = h.has_grad_scale, plain = !scaled && !h.nesterov;
+    if (plain && !h.has_momentum && !h.has_ema) return walk_elements<P, G, M, false, false, Terms::Plain>;
+    if (plain && h.has_momentum && h.has_ema) return walk_elements<P, G, M, true, true, Terms::Plain>;
+    if (!scaled && h.has_momentum && !h.has_ema) {
+      if (h.nesterov) return walk_elements<P, G, M, true, false, Terms::Nesterov>;
+      if (h.grad_factor != 1 || h.decay_factor != 1 || h.trust_ratio != 1) {
+        return walk_elements<P, G, M, true, false, Terms::Plain>;
+      }
+      return h.has_weight_decay ? walk_elements<P, G, M, true, false, Terms::UsualWithDecay>
+                                : walk_elements<P, G, M, true, false, Terms::UsualWithoutDecay>;
+    }
   }
-  if (h.has_ema) {
-    return plain ? walk_elements<P, G, M, true, true, Terms::Plain> : walk_elements<P, G, M, true, true, Terms::Any>;
+  if (h.has_momentum) {
+    return h.has_ema ? walk_elements<P, G, M, true, true, Terms::Any> : walk_elements<P, G, M, true, false, Terms::Any>;
   }
-  if (scaled) return walk_elements<P, G, M, true, false, Terms::Any>;
-  if (h.nesterov) return walk_elements<P, G, M, true, false, Terms::Nesterov>;
-  if (h.grad_factor != 1 || h.decay_factor != 1 || h.trust_ratio != 1) {
-    return walk_elements<P, G, M, true, false, Terms::Plain>;
-  }
-  return h.has_weight_decay ? walk_elements<P, G, M, true, false, Terms::UsualWithDecay>
-                            : walk_elements<P, G, M, true, false, Terms::UsualWithoutDecay>;
+  return h.has_ema ? walk_elements<P, G, M, false, true, Terms::Any> : walk_elements<P, G, M, false, false, Terms::Any>;
 }
 
 // Walks from element `begin` of row `first` to the end of the range, or to the first row of another combination, and

@@ -155,9 +155,8 @@ void GroupReader::parse_numbers() {
     if (std::isfinite(value) && std::fabs(value) > std::numeric_limits<float>::max()) too_large_ = key;
     return value;
   };
-  const auto in_range = [&](Key key, double value, bool good) {
+  const auto in_range = [&](Key key, bool good) {
     if (invalid_ == kKeyCount && !good) invalid_ = key;
-    return value;
   };
   const auto is_given = [&](Key key) { return seen_[key].get() != Py_None; };
   if (lr_device_ == kNoDevice) group.lr = number(kLr);
@@ -169,13 +168,13 @@ void GroupReader::parse_numbers() {
   group.decoupled_weight_decay = as_bool(seen_[kDecoupledWeightDecay].get());
   group.has_ema = is_given(kEmaDecay);
   if (group.has_ema) {
-    const double decay = number(kEmaDecay);
-    group.ema_decay = in_range(kEmaDecay, decay, decay >= 0 && decay < 1);
+    group.ema_decay = number(kEmaDecay);
+    in_range(kEmaDecay, group.ema_decay >= 0 && group.ema_decay < 1);
   }
   max_grad_norm_ = 0;
   if (is_given(kMaxGradNorm)) {
-    const double norm = number(kMaxGradNorm);
-    max_grad_norm_ = in_range(kMaxGradNorm, norm, norm > 0);
+    max_grad_norm_ = number(kMaxGradNorm);
+    in_range(kMaxGradNorm, max_grad_norm_ > 0);
   }
   skip_nonfinite_ = as_bool(seen_[kSkipNonfinite].get());
   if (is_given(kTrustCoeff)) {
@@ -184,7 +183,9 @@ void GroupReader::parse_numbers() {
                  (as_bool(seen_[kLrInMomentum].get()) ? kLrThroughMomentum : 0);
     group.trust_coeff = number(kTrustCoeff);
     group.trust_eps = number(kEps);
-    in_range(kDecoupledWeightDecay, 0, group.decoupled_weight_decay == 0);
+    in_range(kTrustCoeff, group.trust_coeff >= 0);
+    in_range(kEps, group.trust_eps >= 0);
+    in_range(kDecoupledWeightDecay, group.decoupled_weight_decay == 0);
   }
   // An integer 0 has no sign: -lr is +0.0 then, as in Python. (But trust_clip divides by lr.)
   if (group.lr == 0 && group.lars == 0 && PyLong_Check(seen_[kLr].get())) group.lr = -0.0;

@@ -73,7 +73,7 @@ class Plan {
   // What the last step found, as fresh float64 tensors: [sum of squares of all gradients, non-finite], or None, also
   // after a step that failed.
   pybind11::object totals() const;
-  // A list of (group, index, [sum of squares of parameter, of gradient], max_grad_norm or 0, options) for the
+  // A list of (group, index, parameter, [its sum of squares, its gradient's], max_grad_norm or 0, options) for the
   // parameters of the last step; options as that step read them, see GroupReader::trust_options().
   pybind11::list row_squares() const;
   // How many steps a GPU skipped, for each that counts them.

@@ -156,7 +156,8 @@ py::list Plan::row_squares() const {
     const std::size_t target = a.entry->target;
     const at::Tensor found = squares[target][rows[target]++];
     if ((groups_[group].reader.values().lars & kLars) == 0) continue;
-    list.append(py::make_tuple(group, index, found, max_grad_norm_, options[group]));
+    const auto param = py::reinterpret_borrow<py::object>(a.entry->param.get());
+    list.append(py::make_tuple(group, index, param, found, max_grad_norm_, options[group]));
   }
   return list;
 }
