@@ -82,7 +82,6 @@ struct Combination {
   int8_t parameter_columns;
   int8_t momentum_columns;
   bool computed_in_double;
-  bool counts_steps;
 
   constexpr int gradient_column() const { return parameter_columns; }
   constexpr int momentum_column() const { return parameter_columns + 1; }
@@ -90,15 +89,32 @@ struct Combination {
 };
 
 inline constexpr Combination kCombinations[] = {
-#define FSGD_COMBINATION(P, G, M) {#P, #G, #M, P::kColumns, M::kColumns, sizeof(P::Acc) == 8, kCountsSteps<P>},
+#define FSGD_COMBINATION(P, G, M) {#P, #G, #M, P::kColumns, M::kColumns, sizeof(P::Acc) == 8},
     FSGD_COMBINATIONS(FSGD_COMBINATION)
 #undef FSGD_COMBINATION
 };
 
 inline constexpr int kCombinationCount = sizeof(kCombinations) / sizeof(kCombinations[0]);
 
-// Lines before this one have formats of one number an element, and the momentum in the parameter's.
-inline constexpr int kPlainCount = Line_Float32_Float32_BFloat16;
+// A set of lines, as bits.
+using Lines = uint64_t;
+static_assert(kCombinationCount <= 64);
+FSGD_INLINE constexpr Lines line_bit(int line) { return Lines{1} << line; }
+FSGD_INLINE constexpr bool has(Lines lines, int line) { return (lines >> line & 1) != 0; }
+FSGD_INLINE constexpr bool is_lowest(Lines lines, int line) { return (lines & (~lines + 1)) == line_bit(line); }
+// The line of a set of one; else -1.
+FSGD_INLINE constexpr int only_line(Lines lines) {
+  for (int line = 0; line < kCombinationCount; ++line) {
+    if (lines == line_bit(line)) return line;
+  }
+  return -1;
+}
+inline constexpr Lines kAllLines = ~Lines{0} >> (64 - kCombinationCount);
+// Those of one number an element, and the momentum in the parameter's format: the first ones.
+inline constexpr Lines kPlainLines = line_bit(Line_Float32_Float32_BFloat16) - 1;
+#define FSGD_COUNTS_STEPS(P, G, M) | (kCountsSteps<P> ? line_bit(Line_##P##_##G##_##M) : 0)
+inline constexpr Lines kCountingLines = 0 FSGD_COMBINATIONS(FSGD_COUNTS_STEPS);
+#undef FSGD_COUNTS_STEPS
 
 // The line's number, or -1 when the combination is not supported.
 constexpr int find_combination(std::string_view parameter, std::string_view gradient, std::string_view momentum) {

@@ -102,9 +102,7 @@ class TablePacker {
     used_bytes_ = 0;
     chunks_ = 0;
     elements_ = 0;
-    only_combination_ = -1;
-    counts_steps_ = false;
-    is_plain_ = true;
+    lines_ = 0;
     restart_groups();
   }
 
@@ -131,13 +129,7 @@ class TablePacker {
       throw std::length_error("the parameters of one step have 2^31 or more chunks");
     }
     elements_ += length;
-    counts_steps_ = counts_steps_ || kCombinations[combination].counts_steps;
-    is_plain_ = is_plain_ && combination < kPlainCount;
-    if (row_count_ == 0) {
-      only_combination_ = static_cast<int>(combination);
-    } else if (only_combination_ != static_cast<int>(combination)) {
-      only_combination_ = -1;
-    }
+    lines_ |= line_bit(static_cast<int>(combination));
     ++row_count_;
     Row* row = reinterpret_cast<Row*>(bytes_.data() + used_bytes_);
     used_bytes_ += row_bytes_;
@@ -163,11 +155,9 @@ class TablePacker {
   // Whether some group has an average.
   bool has_ema() const { return has_ema_; }
   // Whether some row's format counts steps.
-  bool counts_steps() const { return counts_steps_; }
-  // Whether all rows are of plain combinations.
-  bool is_plain() const { return is_plain_; }
-  // The combination that all rows have, or -1 when they differ.
-  int only_combination() const { return only_combination_; }
+  bool counts_steps() const { return (lines_ & kCountingLines) != 0; }
+  // The combinations that some row has.
+  Lines lines() const { return lines_; }
 
   // The groups anew, for rows that stay; call add_group() for them in the order of the first time.
   void restart_groups() {
@@ -183,10 +173,8 @@ class TablePacker {
   std::size_t used_bytes_ = 0;
   int64_t chunks_ = 0;
   int64_t elements_ = 0;
-  int only_combination_ = -1;
+  Lines lines_ = 0;
   bool has_ema_ = false;
-  bool counts_steps_ = false;
-  bool is_plain_ = true;
 };
 
 }  // namespace fused_sgd

@@ -6,14 +6,14 @@
 namespace fused_sgd::cuda {
 namespace {
 
-// Combinations that have a kernel of their own, which takes few registers, for tables of nothing else; others take one
-// with a switch. The last number is how many blocks a multiprocessor holds at least, which bounds the registers: as
-// many as do without spills, where the table is in the arguments and there are no averages. (blocks_at_once() has the
-// rest; a build with FUSED_SGD_WERROR=1 fails where it is one too many, on some architectures sooner than on others.)
+// Combinations that have a kernel of their own, for tables of nothing else. The last number is how many blocks a
+// multiprocessor holds at least, which bounds the registers: as many as do without spills, where the table is in the
+// arguments and there are no averages. (blocks_at_once() has the rest; a build with FUSED_SGD_WERROR=1 fails where it
+// is one too many, on some architectures sooner than on others.)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-inline constexpr int kStochastic = 3;
+inline constexpr int kStochastic = 3, kSplitPair = 3;
 #else
-inline constexpr int kStochastic = 4;
+inline constexpr int kStochastic = 4, kSplitPair = 4;
 #endif
 // clang-format off
 #define FSGD_OWN_KERNELS(X)                              \
@@ -33,17 +33,38 @@ inline constexpr int kStochastic = 4;
   X(StochasticBFloat16, BFloat16, Int8,     kStochastic)
 // clang-format on
 
-// Those among them that also have one for tables with averages, and one that measures (measure_kernel() names them).
-constexpr bool is_common(int combination) {
-  return combination == Line_Float32_Float32_Float32 || combination == Line_BFloat16_BFloat16_BFloat16;
-}
+// Two combinations that are found together and share a kernel: beside int8 momentum, tensors that are too small for its
+// blocks; beside bfloat16, norms that were left in float32. The blocks are those of a table in the arguments: only such
+// tables have these kernels.
+// clang-format off
+#define FSGD_PAIR_KERNELS(X)                                                                    \
+  X(Float32_Float32_Int8,             Float32_Float32_Float32,              3)                  \
+  X(BFloat16_BFloat16_Int8,           BFloat16_BFloat16_BFloat16,           3)                  \
+  X(SplitBFloat16_BFloat16_Int8,      SplitBFloat16_BFloat16_Float32,       kSplitPair)         \
+  X(StochasticBFloat16_BFloat16_Int8, StochasticBFloat16_BFloat16_BFloat16, kStochastic)        \
+  X(BFloat16_BFloat16_BFloat16,       Float32_Float32_Float32,              3)                  \
+  X(SplitBFloat16_BFloat16_Float32,   Float32_Float32_Float32,              3)
+// clang-format on
+#define FSGD_PAIR(A, B) (line_bit(Line_##A) | line_bit(Line_##B))
 
-constexpr int blocks_at_once(int combination, bool ema, bool table_in_memory) {
-  switch (combination) {
-#define FSGD_BLOCKS(P, G, M, blocks) \
-  case Line_##P##_##G##_##M:         \
-    return ema || (table_in_memory && !is_common(combination)) ? blocks - 1 : blocks;
+// Other tables take a kernel with a switch over what is plain, or over all.
+
+// Combinations that also have a kernel of their own for tables with averages, and one that measures.
+inline constexpr Lines kFloat32 = line_bit(Line_Float32_Float32_Float32),
+                       kBFloat16 = line_bit(Line_BFloat16_BFloat16_BFloat16);
+constexpr bool is_common(Lines lines) { return lines == kFloat32 || lines == kBFloat16; }
+
+constexpr int blocks_at_once(Lines lines, bool ema, bool table_in_memory) {
+  switch (lines) {
+#define FSGD_BLOCKS(P, G, M, blocks)   \
+  case line_bit(Line_##P##_##G##_##M): \
+    return ema || (table_in_memory && !is_common(lines)) ? blocks - 1 : blocks;
     FSGD_OWN_KERNELS(FSGD_BLOCKS)
+#undef FSGD_BLOCKS
+#define FSGD_BLOCKS(A, B, blocks) \
+  case FSGD_PAIR(A, B):           \
+    return blocks;
+    FSGD_PAIR_KERNELS(FSGD_BLOCKS)
 #undef FSGD_BLOCKS
     default:
       return ema ? 1 : 2;
@@ -63,13 +84,12 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   return is_last;
 }
 
-template <int kCombination, bool kEma, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, blocks_at_once(kCombination, kEma, kCapacity == 0)) void sgd_step(
+template <Lines kLines, bool kEma, std::size_t kCapacity>
+__global__ __launch_bounds__(kThreads, blocks_at_once(kLines, kEma, kCapacity == 0)) void sgd_step(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   const Table table = arguments.table();
-  walk_thread<kCombination, kEma>(table, arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x,
-                                  threadIdx.x);
-  if constexpr (kCombination == kAnyCombination || (kCombination >= 0 && kCombinations[kCombination].counts_steps)) {
+  walk_thread<kLines, kEma>(table, arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x, threadIdx.x);
+  if constexpr ((kLines & kCountingLines) != 0) {
     if (table.scalars.ticket != nullptr && is_last_block(table.scalars.ticket)) {
       count_steps_thread(table, threadIdx.x);
       if (threadIdx.x == 0) *table.scalars.ticket = 0;
@@ -86,68 +106,99 @@ struct Phase {
   }
 };
 
-template <int kCombination, std::size_t kCapacity>
-__global__ __launch_bounds__(kMeasureThreads, kCombination < 0 ? 4 : 5) void measure_gradients(
+template <Lines kLines, std::size_t kCapacity>
+__global__ __launch_bounds__(kMeasureThreads, is_common(kLines) ? 5 : 4) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
-  measure_block<kCombination>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
+  measure_block<kLines>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
 }
 
-// The combination whose kernel is a table's, or one of kAny….
-int kernel_for(const TablePacker& packer, bool measures) {
-  const int only = packer.only_combination();
-  const int with_switch = packer.is_plain() ? kAnyPlain : kAnyCombination;
-  if (measures || packer.has_ema()) return only >= 0 && is_common(only) ? only : with_switch;
-  switch (only) {
-#define FSGD_OWN(P, G, M, blocks) case Line_##P##_##G##_##M:
-    FSGD_OWN_KERNELS(FSGD_OWN)
+// How a table travels (arguments.h), by its size.
+struct Kernel {
+  Lines lines;
+  std::size_t capacity;
+};
+
+// The kernel that a table gets.
+Kernel kernel_for(const TablePacker& packer, bool measures) {
+  const Lines lines = packer.lines();
+  const std::size_t bytes = packed_bytes(packer);
+  const std::size_t capacity = bytes <= kSmallCapacity ? kSmallCapacity : bytes <= kLargeCapacity ? kLargeCapacity : 0;
+  // Where a kernel is not worth compiling for both, small tables take the large arguments.
+  const std::size_t large = bytes <= kLargeCapacity ? kLargeCapacity : 0;
+  if (is_common(lines)) return {lines, capacity};
+  if (!measures && !packer.has_ema()) {
+    switch (lines) {
+#define FSGD_OWN(P, G, M, blocks) case line_bit(Line_##P##_##G##_##M):
+      FSGD_OWN_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
-    return only;
-    default:
-      return with_switch;
+      return {lines, capacity};
+#define FSGD_OWN(A, B, blocks) case FSGD_PAIR(A, B):
+      FSGD_PAIR_KERNELS(FSGD_OWN)
+#undef FSGD_OWN
+      if (large != 0) return {lines, large};
+    }
+  }
+  if ((lines & ~kPlainLines) == 0) return {kPlainLines, capacity};
+  return {kAllLines, large};
+}
+
+// Which kernels there are: kernel_for() asks for no other.
+constexpr bool is_compiled(Lines lines, std::size_t capacity, bool measures, bool ema) {
+  if (is_common(lines) || lines == kPlainLines) return true;
+  if (lines == kAllLines) return capacity != kSmallCapacity;
+  return !measures && !ema && (only_line(lines) >= 0 || capacity == kLargeCapacity);
+}
+
+template <Lines kLines, bool kEma, std::size_t kCapacity>
+const void* step_kernel_of() {
+  if constexpr (is_compiled(kLines, kCapacity, false, kEma)) {
+    return reinterpret_cast<const void*>(&sgd_step<kLines, kEma, kCapacity>);
+  } else {
+    return nullptr;
   }
 }
 
-template <int kCombination, bool kEma, std::size_t kCapacity>
-const void* step_kernel_of() {
-  if constexpr (kEma && kCombination >= 0 && !is_common(kCombination))
-    return nullptr;  // kernel_for() does not ask for it
-  else if constexpr (kCombination == kAnyCombination && kCapacity == kSmallCapacity)
-    return nullptr;  // nor here: small tables take the large arguments
-  else
-    return reinterpret_cast<const void*>(&sgd_step<kCombination, kEma, kCapacity>);
-}
-
 template <bool kEma, std::size_t kCapacity>
-const void* step_kernel(int combination) {
-  switch (combination) {
-#define FSGD_OWN(P, G, M, blocks) \
-  case Line_##P##_##G##_##M:      \
-    return step_kernel_of<Line_##P##_##G##_##M, kEma, kCapacity>();
+const void* step_kernel(Lines lines) {
+  switch (lines) {
+#define FSGD_OWN(P, G, M, blocks)      \
+  case line_bit(Line_##P##_##G##_##M): \
+    return step_kernel_of<line_bit(Line_##P##_##G##_##M), kEma, kCapacity>();
     FSGD_OWN_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
-    case kAnyPlain:
-      return step_kernel_of<kAnyPlain, kEma, kCapacity>();
+#define FSGD_OWN(A, B, blocks) \
+  case FSGD_PAIR(A, B):        \
+    return step_kernel_of<FSGD_PAIR(A, B), kEma, kCapacity>();
+    FSGD_PAIR_KERNELS(FSGD_OWN)
+#undef FSGD_OWN
+    case kPlainLines:
+      return step_kernel_of<kPlainLines, kEma, kCapacity>();
     default:
-      return step_kernel_of<kAnyCombination, kEma, kCapacity>();
+      return step_kernel_of<kAllLines, kEma, kCapacity>();
+  }
+}
+
+template <Lines kLines, std::size_t kCapacity>
+const void* measure_kernel_of() {
+  if constexpr (is_compiled(kLines, kCapacity, true, false)) {
+    return reinterpret_cast<const void*>(&measure_gradients<kLines, kCapacity>);
+  } else {
+    return nullptr;
   }
 }
 
 template <std::size_t kCapacity>
-const void* measure_kernel(int combination) {
-  switch (combination) {
-    case Line_Float32_Float32_Float32:
-      return reinterpret_cast<const void*>(&measure_gradients<Line_Float32_Float32_Float32, kCapacity>);
-    case Line_BFloat16_BFloat16_BFloat16:
-      return reinterpret_cast<const void*>(&measure_gradients<Line_BFloat16_BFloat16_BFloat16, kCapacity>);
-    case kAnyPlain:
-      return reinterpret_cast<const void*>(&measure_gradients<kAnyPlain, kCapacity>);
+const void* measure_kernel(Lines lines) {
+  switch (lines) {
+    case kFloat32:
+      return measure_kernel_of<kFloat32, kCapacity>();
+    case kBFloat16:
+      return measure_kernel_of<kBFloat16, kCapacity>();
+    case kPlainLines:
+      return measure_kernel_of<kPlainLines, kCapacity>();
     default:
-      if constexpr (kCapacity == kSmallCapacity) {
-        return nullptr;  // small tables take the large arguments
-      } else {
-        return reinterpret_cast<const void*>(&measure_gradients<kAnyCombination, kCapacity>);
-      }
+      return measure_kernel_of<kAllLines, kCapacity>();
   }
 }
 

@@ -216,15 +216,14 @@ void Launcher::run(bool measures, const TablePacker& packer, const Scalars& scal
   const uint32_t chunks = packer.table().chunk_count();
   const dim3 blocks(measures ? (chunks + kMeasureChunks - 1) / kMeasureChunks : chunks);
   const dim3 threads(measures ? kMeasureThreads : kThreads);
-  const int combination = kernel_for(packer, measures);
+  const Kernel kernel = kernel_for(packer, measures);
   const bool ema = packer.has_ema();
-  const std::size_t bytes = packed_bytes(packer);
   const auto go = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
-    const void* kernel = measures ? measure_kernel<kCapacity>(combination)
-                         : ema    ? step_kernel<true, kCapacity>(combination)
-                                  : step_kernel<false, kCapacity>(combination);
+    const void* code = measures ? measure_kernel<kCapacity>(kernel.lines)
+                       : ema    ? step_kernel<true, kCapacity>(kernel.lines)
+                                : step_kernel<false, kCapacity>(kernel.lines);
     void* pointers[] = {&arguments};
-    check(cudaLaunchKernel(kernel, blocks, threads, pointers, 0, stream), device_,
+    check(cudaLaunchKernel(code, blocks, threads, pointers, 0, stream), device_,
           measures ? "launching the norms" : "launching the step");
   };
   const auto with_table_in_arguments = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
@@ -232,11 +231,11 @@ void Launcher::run(bool measures, const TablePacker& packer, const Scalars& scal
     pack(packer, arguments.bytes);
     go(arguments);
   };
-  if (bytes <= kSmallCapacity && combination != kAnyCombination) {
+  if (kernel.capacity == kSmallCapacity) {
     Arguments<kSmallCapacity> arguments;
     return with_table_in_arguments(arguments);
   }
-  if (bytes <= kLargeCapacity) {
+  if (kernel.capacity == kLargeCapacity) {
     Arguments<kLargeCapacity> arguments;
     return with_table_in_arguments(arguments);
   }
@@ -257,7 +256,7 @@ std::string obstacle(int device) {
     const auto capability = std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
                             std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device));
     cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAnyCombination));
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAllLines));
     if (error == cudaSuccess) return known[device] = "";
     (void)cudaGetLastError();
     return known[device] = "cuda:" + std::to_string(device) + " has compute capability " + capability +

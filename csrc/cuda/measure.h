@@ -168,61 +168,52 @@ FSGD_INLINE double sum_grad_chunk_of(const Table& table, const Sums& sums, const
   });
 }
 
-// Lines of FSGD_COMBINATIONS as bits. What has the same gradient and is computed in the same type has one piece of code
-// here, whatever else differs; and so has what has the same parameter.
-static_assert(kCombinationCount <= 64);
-#define FSGD_BIT(condition, P, G, M) | ((condition) ? uint64_t{1} << Line_##P##_##G##_##M : 0)
+// What has the same gradient and is computed in the same type has one piece of code here, whatever else differs; and so
+// has what has the same parameter: that of the lowest line among them which a kernel has code for.
+#define FSGD_BIT(condition, P, G, M) | ((condition) ? line_bit(Line_##P##_##G##_##M) : 0)
 template <class Gradient, class Acc>
-FSGD_INLINE constexpr uint64_t lines_with_gradient() {
+FSGD_INLINE constexpr Lines lines_with_gradient() {
 #define FSGD_LINE_BIT(P, G, M) FSGD_BIT((std::is_same_v<G, Gradient> && std::is_same_v<P::Acc, Acc>), P, G, M)
   return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
 #undef FSGD_LINE_BIT
 }
 template <class Parameter>
-FSGD_INLINE constexpr uint64_t lines_with_parameter() {
+FSGD_INLINE constexpr Lines lines_with_parameter() {
 #define FSGD_LINE_BIT(P, G, M) FSGD_BIT((std::is_same_v<P, Parameter>), P, G, M)
   return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
 #undef FSGD_LINE_BIT
 }
-FSGD_INLINE constexpr uint64_t lines_with_columns(int columns) {  // of the parameter
+FSGD_INLINE constexpr Lines lines_with_columns(int columns) {  // of the parameter
 #define FSGD_LINE_BIT(P, G, M) FSGD_BIT(P::kColumns == columns, P, G, M)
   return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
 #undef FSGD_LINE_BIT
 }
 #undef FSGD_BIT
-static_assert((lines_with_columns(1) | lines_with_columns(2)) == ~uint64_t{0} >> (64 - kCombinationCount));
-// Those that a kernel for kCombination has code for.
-FSGD_INLINE constexpr uint64_t lines_of_kernel(int combination) {
-  if (combination == kAnyCombination) return ~uint64_t{0};
-  return combination == kAnyPlain ? (uint64_t{1} << kPlainCount) - 1 : uint64_t{1} << combination;
-}
-// Whether a line is the first of those that share a piece of code: it has that.
-FSGD_INLINE constexpr bool is_lowest(uint64_t lines, int line) { return (lines & (~lines + 1)) == uint64_t{1} << line; }
-FSGD_INLINE bool has(uint64_t lines, int line) { return (lines >> line & 1) != 0; }
+static_assert((lines_with_columns(1) | lines_with_columns(2)) == kAllLines);
 
 // The sum of squares of one tile's gradients, for the first thread of a warp; and of its parameters.
-template <int kCombination>
+template <Lines kLines>
 FSGD_INLINE double sum_grad_chunk(const Table& table, const Sums& sums, const Row& row, int line, int64_t begin,
                                   uint32_t thread) {
   void* const* column = row.columns() + (has(lines_with_columns(2), line) ? 2 : 1);
 #define FSGD_SUM(P, G, M)                                                                                            \
   {                                                                                                                  \
-    constexpr uint64_t kLines = lines_with_gradient<G, P::Acc>() & lines_of_kernel(kCombination);                    \
-    if constexpr (is_lowest(kLines, Line_##P##_##G##_##M)) {                                                         \
-      if (has(kLines, line)) return sum_grad_chunk_of<G, P::Acc>(table, sums, G(column), begin, row.length, thread); \
+    constexpr Lines kAlike = lines_with_gradient<G, P::Acc>() & kLines;                                              \
+    if constexpr (is_lowest(kAlike, Line_##P##_##G##_##M)) {                                                         \
+      if (has(kAlike, line)) return sum_grad_chunk_of<G, P::Acc>(table, sums, G(column), begin, row.length, thread); \
     }                                                                                                                \
   }
   FSGD_COMBINATIONS(FSGD_SUM)
 #undef FSGD_SUM
   return 0;
 }
-template <int kCombination>
+template <Lines kLines>
 FSGD_INLINE double sum_param_chunk(const Row& row, int line, int64_t begin, uint32_t thread) {
 #define FSGD_SUM(P, G, M)                                                                                     \
   {                                                                                                           \
-    constexpr uint64_t kLines = lines_with_parameter<P>() & lines_of_kernel(kCombination);                    \
-    if constexpr (is_lowest(kLines, Line_##P##_##G##_##M)) {                                                  \
-      if (has(kLines, line)) {                                                                                \
+    constexpr Lines kAlike = lines_with_parameter<P>() & kLines;                                              \
+    if constexpr (is_lowest(kAlike, Line_##P##_##G##_##M)) {                                                  \
+      if (has(kAlike, line)) {                                                                                \
         return sum_tile<P::Acc>(P(row.columns()), begin, row.length, thread, [](P::Acc(&)[kThreadLanes]) {}); \
       }                                                                                                       \
     }                                                                                                         \
@@ -233,16 +224,17 @@ FSGD_INLINE double sum_param_chunk(const Row& row, int line, int64_t begin, uint
 }
 
 // One chunk, by a warp.
-template <int kCombination>
+template <Lines kLines>
 FSGD_INLINE void measure_chunk(const Table& table, const Sums& sums, uint32_t chunk, uint32_t thread) {
   const uint32_t i = table.find_row(chunk);
   const Row& row = table.row(i);
-  const int line = kCombination < 0 ? static_cast<int>(row.combination()) : kCombination;
+  constexpr int kOnly = only_line(kLines);
+  const int line = kOnly < 0 ? static_cast<int>(row.combination()) : kOnly;
   const int64_t begin = (chunk - table.chunk_begin(i)) * kChunk;
-  const double grad_sum = sum_grad_chunk<kCombination>(table, sums, row, line, begin, thread);
+  const double grad_sum = sum_grad_chunk<kLines>(table, sums, row, line, begin, thread);
   if (thread % kWarp == 0) sums.grad_squares[chunk] = grad_sum;
   if (sums.param_squares == nullptr) return;
-  const double param_sum = sum_param_chunk<kCombination>(row, line, begin, thread);
+  const double param_sum = sum_param_chunk<kLines>(row, line, begin, thread);
   if (thread % kWarp == 0) sums.param_squares[chunk] = param_sum;
 }
 
@@ -320,16 +312,16 @@ FSGD_INLINE void add_up_ended(const Table& table, const Sums& sums, BlockMemory&
   }
 }
 
-// One block. kCombination as for walk_thread(). A chunk's sums are written by one thread; behind a fence its row's
+// One block. kLines as for walk_thread(). A chunk's sums are written by one thread; behind a fence its row's
 // counter is raised, and the block that completes it reads them. So it is with rows, their sums, and the counter of
 // rows.
-template <int kCombination, class Each>
+template <Lines kLines, class Each>
 FSGD_INLINE void measure_block(const Table& table, const Sums& sums, uint32_t block, BlockMemory& memory, Each each) {
   const uint32_t begin = block * kMeasureChunks, count = table.chunk_count();
   const uint32_t end = count - begin < kMeasureChunks ? count : begin + kMeasureChunks;
   each([&](uint32_t thread) {
     const uint32_t chunk = begin + thread / kWarp;
-    if (Warp::takes_part(thread) && chunk < end) measure_chunk<kCombination>(table, sums, chunk, thread);
+    if (Warp::takes_part(thread) && chunk < end) measure_chunk<kLines>(table, sums, chunk, thread);
   });
   each([&](uint32_t thread) {
     if (thread != 0) return;

@@ -9,9 +9,7 @@
 
 namespace fused_sgd::cuda {
 
-inline constexpr uint32_t kThreads = 256;  // of a block
-// Instead of the line that all rows of a table have: the rows differ.
-inline constexpr int kAnyCombination = -1, kAnyPlain = -2;
+inline constexpr uint32_t kThreads = 256;   // of a block
 inline constexpr int kBytesInFlight = 192;  // a thread loads no second pack before its first store beyond so many
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
@@ -46,11 +44,6 @@ class Neighbours {
   }
 #endif
 };
-
-// Whether a kernel for kCombination has code for a line.
-FSGD_INLINE constexpr bool has_line(int combination, int line) {
-  return combination == line || combination == kAnyCombination || (combination == kAnyPlain && line < kPlainCount);
-}
 
 // The part of one tensor that one thread walks. kEma: whether some row of the table has an average.
 template <class P, class G, class M, bool kEma>
@@ -240,8 +233,8 @@ class ThreadWalk {
   Hyperparameters<Acc> h_;
 };
 
-// One thread of one block. kCombination: the line of FSGD_COMBINATIONS that all rows have, or one of kAny…
-template <int kCombination, bool kEma>
+// One thread of one block. kLines: the combinations that there is code for; all rows have one of them.
+template <Lines kLines, bool kEma>
 FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread) {
   if (skips(table.scalars)) {
     if (table.scalars.skipped_steps != nullptr && block == 0 && thread == 0) ++*table.scalars.skipped_steps;
@@ -250,9 +243,10 @@ FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread
   const uint32_t i = table.find_row(block);
   const Row& row = table.row(i);
   const uint32_t chunk = block - table.chunk_begin(i);
-  const int line = kCombination < 0 ? static_cast<int>(row.combination()) : kCombination;
+  constexpr int kOnly = only_line(kLines);
+  const int line = kOnly < 0 ? static_cast<int>(row.combination()) : kOnly;
 #define FSGD_WALK_ROW(P, G, M)                                                             \
-  if constexpr (has_line(kCombination, Line_##P##_##G##_##M)) {                            \
+  if constexpr (has(kLines, Line_##P##_##G##_##M)) {                                       \
     if (line == Line_##P##_##G##_##M) {                                                    \
       const Hyperparameters<P::Acc> h(table.groups[row.group()], table.scalars, i);        \
       return ThreadWalk<P, G, M, kEma>(row.columns(), h).chunk(chunk, row.length, thread); \

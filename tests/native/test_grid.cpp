@@ -67,40 +67,42 @@ struct Phase {
   }
 };
 
-template <int kCombination>
+template <Lines kLines>
 void measure_grid(const Table& table, const cuda::Sums& sums) {
   const auto memory = std::make_unique<cuda::BlockMemory>();
   // Blocks come in any order.
   for (uint32_t block = (table.chunk_count() + cuda::kMeasureChunks - 1) / cuda::kMeasureChunks; block-- > 0;) {
-    cuda::measure_block<kCombination>(table, sums, block, *memory, Phase());
+    cuda::measure_block<kLines>(table, sums, block, *memory, Phase());
   }
 }
 
-template <int kCombination>
+template <Lines kLines>
 void walk_grid(const Table& table) {
   for (uint32_t block = 0; block < table.chunk_count(); ++block) {
     for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
       if (with_ema) {
-        cuda::walk_thread<kCombination, true>(table, block, thread);
+        cuda::walk_thread<kLines, true>(table, block, thread);
       } else {
-        cuda::walk_thread<kCombination, false>(table, block, thread);
+        cuda::walk_thread<kLines, false>(table, block, thread);
       }
     }
   }
 }
 
 // Both passes: the sums of the first are what the second reads.
-void run_grid(const Table& table, const cuda::Sums& sums, int only) {
-  switch (only) {
-    case Line_Float32_Float32_Float32:
-      measure_grid<Line_Float32_Float32_Float32>(table, sums);
-      return walk_grid<Line_Float32_Float32_Float32>(table);
-    case Line_BFloat16_BFloat16_BFloat16:
-      measure_grid<Line_BFloat16_BFloat16_BFloat16>(table, sums);
-      return walk_grid<Line_BFloat16_BFloat16_BFloat16>(table);
+void run_grid(const Table& table, const cuda::Sums& sums, Lines lines) {
+  constexpr Lines kFloat32 = line_bit(Line_Float32_Float32_Float32),
+                  kBFloat16 = line_bit(Line_BFloat16_BFloat16_BFloat16);
+  switch (lines) {
+    case kFloat32:
+      measure_grid<kFloat32>(table, sums);
+      return walk_grid<kFloat32>(table);
+    case kBFloat16:
+      measure_grid<kBFloat16>(table, sums);
+      return walk_grid<kBFloat16>(table);
     default:
-      measure_grid<cuda::kAnyCombination>(table, sums);
-      walk_grid<cuda::kAnyCombination>(table);
+      measure_grid<kAllLines>(table, sums);
+      walk_grid<kAllLines>(table);
       if (table.scalars.ticket == nullptr) return;
       for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) cuda::count_steps_thread(table, thread);
   }
@@ -139,7 +141,7 @@ void run_launch(const TablePacker& packer, const Scalars& scalars, const float* 
     cuda::pack(packer, arguments->bytes);
   }
   arguments->head = cuda::make_head(packer, scalars, grad_scale, sums.sums(), memory.data());
-  run_grid(arguments->table(), arguments->head.sums, packer.only_combination());
+  run_grid(arguments->table(), arguments->head.sums, packer.lines());
 }
 
 // As Launcher chooses, but that mixed tables may be small. Returns how the table travelled.
@@ -301,7 +303,7 @@ int main() {
     fill(packer, tensors);
     const Table table = packer.table();
     SumMemory on_gpu(table), on_cpu(table);
-    measure_grid<cuda::kAnyCombination>(table, on_gpu.sums());
+    measure_grid<kAllLines>(table, on_gpu.sums());
     measure_on_cpu(table, on_cpu);
     CHECK(on_gpu.row_squares == on_cpu.row_squares);
     CHECK(on_gpu.totals == on_cpu.totals);
