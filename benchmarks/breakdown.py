@@ -19,6 +19,7 @@ import torch
 
 from . import options as shared
 from .clocks import WallClock
+from .machine import cores
 from .measure import FULL, QUICK, Effort, Quartiles, measure, warm_up
 from .peers import FLOOR, OURS, PEERS
 from .shapes import SHAPE_SETS, ShapeSet
@@ -34,7 +35,8 @@ _SHAPES = ("tiny161", "tiny161_groups", "many1000", "resnet20", "resnet50")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     shared.add_list(parser, "--shapes", "shape set", SHAPE_SETS)
-    parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    counts = range(1, cores() + 1)
+    parser.add_argument("--threads", type=int, default=1, choices=counts, metavar="N", help="default: 1")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
 
 

@@ -11,7 +11,18 @@ from typing import Any
 from .errors import UserError
 from .results import PROTOCOL
 
-_HEADER = ("benchmark", "date", "commit", "device", "torch", "threads", "quick", "rows")
+_HEADER: dict[str, type | tuple[type, ...]] = {
+    "benchmark": str,
+    "date": str,
+    "commit": (str, type(None)),
+    "dirty": bool,
+    "device": dict,
+    "torch": str,
+    "threads": list,
+    "quick": bool,
+    "rows": list,
+}
+_DEVICE: dict[str, type | tuple[type, ...]] = {"kind": str, "name": str, "cores": int}
 _ADDED_BY_2 = {
     "curve": None,
     "x": None,
@@ -75,12 +86,21 @@ def read(file: Path) -> Run:
     missing = [key for key in _HEADER if key not in content]
     if missing:
         raise UserError(f"{file}: is no complete result file: it lacks {', '.join(missing)}")
+    for where, kinds in ((content, _HEADER), (content["device"], _DEVICE)):
+        wrong = [key for key, kind in kinds.items() if not isinstance(where.get(key), kind)]
+        if wrong:
+            raise UserError(f"{file}: is no result file: {wrong[0]} cannot be {where.get(wrong[0])!r}")
     rows = content.pop("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "peer" in row for row in rows):
-        raise UserError(f"{file}: is no result file: its rows are not a list of peers")
+    if not all(isinstance(row, dict) and "peer" in row and _is_time(row.get("microseconds")) for row in rows):
+        raise UserError(f"{file}: is no result file: its rows are not a list of peers and their times")
     if protocol == 1:
         rows = [{**_ADDED_BY_2, **row} for row in rows]
     return Run(file, content, rows)
+
+
+def _is_time(value: Any) -> bool:
+    """Whether it is quartiles, or nothing."""
+    return value is None or (isinstance(value, dict) and all(isinstance(part, (int, float)) for part in value.values()))
 
 
 def read_folder(folder: Path) -> list[Run]:

@@ -101,14 +101,16 @@ def number(
 ) -> Callable[[str], float]:
     """A type for argparse: a finite number that is not below a minimum (or is above it), and is below ``below``."""
     bounds = f"{'above' if above else 'of at least'} {minimum}" + (f" and below {below}" if below < math.inf else "")
+    largest = torch.iinfo(torch.int64).max if kind is int else torch.finfo(torch.float32).max
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not minimum <= value < below or (above and value == minimum):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite {kind.__name__} {bounds}")
+        if not minimum <= value < below or value > largest or (above and value == minimum):
+            limit = f" and at most {largest:.4g}" if value > largest else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a finite {kind.__name__} {bounds}{limit}")
         return value
 
     return parse

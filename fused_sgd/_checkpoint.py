@@ -48,13 +48,16 @@ def as_saved(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(state: dict[Any, Any]) -> None:
-    """Unwraps, in place, what :func:`as_saved` wrapped, and brings it to the parameter's device."""
+    """Unwraps, in place, what :func:`as_saved` wrapped, and brings it to the parameter's device.
+
+    Entries of something that is no parameter of the optimizer stay as they are, as in torch.
+    """
     for param, kept in state.items():
         if not isinstance(kept, dict):
             continue
         for key, value in kept.items():
             if isinstance(value, _AsSaved):
-                kept[key] = value.tensor.to(param.device)
+                kept[key] = value.tensor.to(param.device) if isinstance(param, Tensor) else value.tensor
 
 
 def without_unset_momentum(kept: Any) -> Any:
@@ -72,7 +75,7 @@ def without_unset_momentum(kept: Any) -> Any:
         tensor = kept.get(tells)
         if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.numel():
             continue
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.itemsize == 1:
             continue
         if bool(is_unset(tensor[(0,) * tensor.dim()])):
             kept = {key: value for key, value in kept.items() if key not in keys}

@@ -20,11 +20,30 @@ from fused_sgd._precision import (
     to_blocks,
 )
 from fused_sgd._storage import split_join, split_round
-from fused_sgd.reference import average, clip_coefficient, global_norm, is_unset, sgd_update, trust_ratio, unscaled
+from fused_sgd.reference import (
+    accumulation_dtype,
+    average,
+    clip_coefficient,
+    global_norm,
+    is_unset,
+    sgd_update,
+    trust_ratio,
+    unscaled,
+)
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-_HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+def _hyperparameters(options: Group) -> dict[str, Any]:
+    """Those of torch's function. Of what is no number but has one (a Fraction, say) that, as the kernel takes it."""
+    found = {key: options[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+    for key in ("lr", "weight_decay"):
+        if not isinstance(found[key], (int, float, Tensor)):
+            found[key] = float(found[key])
+    for key in ("momentum", "dampening"):
+        if not isinstance(found[key], (int, float)):
+            found[key] = float(found[key])
+    return found
 
 
 def step_elsewhere(
@@ -107,7 +126,7 @@ def _by_reference(
         decoupled_weight_decay=options["decoupled_weight_decay"],
         trust_ratio=None if ratio is None else ratio[2],
         lr_in_momentum=ratio is not None and options["lr_in_momentum"],
-        **{key: options[key] for key in _HYPERPARAMETERS},
+        **_hyperparameters(options),
     )
     _store_weights(param, weights, inner, kept)
     if options["ema_decay"] is not None:
@@ -167,7 +186,8 @@ def _trust_ratio(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     if "trust_coeff" not in options:
         return None
-    param_norm, grad_norm = global_norm([param.detach()]), global_norm([grad.detach()], scale)
+    g = grad.detach().to(accumulation_dtype(param.dtype))
+    param_norm, grad_norm = global_norm([param.detach()]), global_norm([g], scale)
     if clip is not None:
         grad_norm = grad_norm * clip.to(grad_norm.device)
     ratio = trust_ratio(
@@ -196,7 +216,9 @@ def _by_torch(
         grads = [grad * clip.to(grad.device, grad.dtype) for grad in grads]
     buffers = [state_tensor(state, param, "momentum_buffer") for param in params]
     for index, buffer in enumerate(buffers):
-        if options["dampening"] != 0 and buffer is not None and bool(is_unset(buffer).all()):
+        if buffer is None or buffer.layout != torch.strided:  # a sparse one is torch's, which never leaves it unset
+            continue
+        if options["dampening"] != 0 and bool(is_unset(buffer).all()):
             buffers[index] = None  # nothing was accumulated, which torch knows by another sign
     torch_sgd(
         params,
@@ -205,7 +227,7 @@ def _by_torch(
         has_sparse_grad=any(grad.is_sparse for grad in grads),
         foreach=bool(options["foreach"]),
         fused=False,
-        **{key: options[key] for key in _HYPERPARAMETERS},
+        **_hyperparameters(options),
     )
     if options["momentum"] != 0:
         for param, buffer in zip(params, buffers, strict=True):

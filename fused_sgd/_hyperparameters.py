@@ -12,6 +12,7 @@ from fused_sgd._precision import MASTER_WEIGHTS, MOMENTUM_DTYPES
 from torch import Tensor
 
 _LARGEST = torch.finfo(torch.float32).max
+_SMALLEST = 2.0**-149  # in float32, subnormal
 
 
 def check_defaults(defaults: dict[str, Any]) -> None:
@@ -36,15 +37,19 @@ def check_numbers(options: dict[str, Any], where: str = "") -> None:
     for key in ("lr", "momentum", "dampening", "weight_decay"):
         value = options[key]
         try:
+            if isinstance(value, Tensor) and value.is_complex():
+                raise TypeError
             is_nan = math.isnan(value.detach() if isinstance(value, Tensor) else value)
-        except TypeError as error:
+        except OverflowError as error:
+            raise ValueError(f"Invalid {names.get(key, f'{key} value')}: it does not fit a float{where}") from error
+        except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{key} must be a number, and is {value!r}{where}") from error
         if is_nan:
             raise ValueError(f"Invalid {names.get(key, f'{key} value')}: {value}{where}")
     _check_range(options, "max_grad_norm", "positive", lambda norm: norm > 0, where)
     _check_range(options, "ema_decay", "in [0, 1)", lambda decay: 0 <= decay < 1, where)
-    for key in ("trust_coeff", "eps"):
-        if key in options:
+    if "trust_coeff" in options:
+        for key in ("trust_coeff", "eps"):
             _check_range(options, key, "0 or more", lambda value: value >= 0, where, False)
     if options.get("decoupled_weight_decay") and "trust_coeff" in options:
         raise ValueError(f"`decoupled_weight_decay` and a trust ratio exclude each other{where}")
@@ -65,6 +70,8 @@ def _check_range(
         if isinstance(value, (str, bytes)):  # which float() takes
             raise TypeError
         good = is_good(float(value))
+    except OverflowError as error:
+        raise ValueError(f"Invalid {key}: it does not fit a float{where}") from error
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{key} must be a number, and is {value!r}{where}") from error
     if not good:
@@ -99,10 +106,12 @@ def check_grad_scale(grad_scale: Any) -> float | None:
         if isinstance(grad_scale, (str, bytes)):  # which float() takes
             raise TypeError
         number = float(grad_scale)
+    except OverflowError as error:
+        raise ValueError("Invalid grad_scale: it does not fit a float") from error
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"grad_scale must be a number or a 1-element tensor, and is {grad_scale!r}") from error
-    if not 0 < number < math.inf:
-        raise ValueError(f"Invalid grad_scale: {number}; it must be positive and finite")
+    if not _SMALLEST <= number <= _LARGEST:
+        raise ValueError(f"Invalid grad_scale: {number}; it must be a positive float32, and finite")
     return number
 
 

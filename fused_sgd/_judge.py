@@ -163,9 +163,11 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor
         return f"its gradient is complex and it is real ({describe(grad)})"
     if options["differentiable"] and param.requires_grad and param.is_leaf:
         return "differentiable=True cannot write a leaf that requires a gradient; give the optimizer a clone of it"
+    if {grad.layout, param.layout} - {torch.strided, torch.sparse_coo, torch.sparse_csr}:
+        return f"there is no arithmetic for its layout, or its gradient's ({param.layout}, {grad.layout})"
     if grad.is_sparse and options["weight_decay"] != 0:
         return "weight_decay does not support sparse gradients, in torch.optim.SGD neither"
-    if grad.is_sparse and (options["ema_decay"] is not None or "trust_coeff" in options):
+    if grad.layout != torch.strided and (options["ema_decay"] is not None or "trust_coeff" in options):
         return "neither ema_decay nor a trust ratio supports sparse gradients"
     if param.itemsize == 1:
         return f"there is no arithmetic in {param.dtype}"
@@ -206,7 +208,8 @@ def unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
     if tensor.device != param.device:
         return f"its {key} is on another device ({describe(tensor)})"
     if key == "momentum_buffer":
-        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_complex() != param.is_complex():
+        is_number = (tensor.is_floating_point() or tensor.is_complex()) and format_name(tensor.dtype) != ""
+        if not is_number or tensor.is_complex() != param.is_complex():
             return f"its {key} has a dtype that cannot hold it ({describe(tensor)})"
     elif tensor.dtype != (dtype := STATE_DTYPES.get(key, average_dtype(param.dtype))):
         return f"its {key} must be {dtype} ({describe(tensor)})"

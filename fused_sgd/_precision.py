@@ -20,7 +20,7 @@ from fused_sgd._storage import (
     split_round,
     stochastic_round,
 )
-from fused_sgd.reference import fill_unset, is_unset
+from fused_sgd.reference import fill_unset, is_unset, unset
 from torch import Tensor
 
 Group = dict[str, Any]
@@ -162,12 +162,12 @@ def cast_buffer(buffer: Tensor, dtype: torch.dtype) -> Tensor:
         return cast
     nothing = local(is_unset(buffer))
     if bool(nothing.any()):
-        unset = fill_unset(torch.empty_like(local(cast)))
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[unset.itemsize // (2 if unset.is_complex() else 1)]
+        filled = fill_unset(torch.empty_like(local(cast)))
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[filled.itemsize // (2 if filled.is_complex() else 1)]
         memory = local(cast)
         if memory.is_complex():
-            memory, unset, nothing = torch.view_as_real(memory), torch.view_as_real(unset), nothing.unsqueeze(-1)
-        memory.view(integer).copy_(torch.where(nothing, unset.view(integer), memory.view(integer)))
+            memory, filled, nothing = torch.view_as_real(memory), torch.view_as_real(filled), nothing.unsqueeze(-1)
+        memory.view(integer).copy_(torch.where(nothing, filled.view(integer), memory.view(integer)))
     return cast
 
 
@@ -181,7 +181,7 @@ def to_blocks(param: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     wide, nothing = local(buffer).to(torch.float32), is_unset(local(buffer))
     codes, scale = int8_quantize(wide.masked_fill(nothing, 0.0).contiguous())
     empty = nothing.contiguous().view(*scale.shape, INT8_BLOCK).all(-1)
-    scale.view(torch.int32).masked_fill_(empty, int(fill_unset(torch.empty(1)).view(torch.int32)))
+    scale.view(torch.int32).masked_fill_(empty, int(unset(torch.float32).view(torch.int32)))
     return placed_like(param, codes), placed_like(param, scale, scale_shape(param))
 
 
@@ -241,7 +241,7 @@ def _convert_momentum(options: Group, param: Tensor, kept: dict[str, Any], wante
         kept["momentum_buffer"] = cast_buffer(from_blocks(param, codes, scale), target)
         del kept["momentum_codes"], kept["momentum_scale"]
         return [f"converted momentum from int8 blocks to {target}"]
-    if not isinstance(buffer, Tensor) or not (buffer.is_floating_point() or buffer.is_complex()):
+    if not isinstance(buffer, Tensor) or buffer.dtype not in _NAMES:
         return []
     if target == torch.int8:
         if buffer.shape != param.shape or buffer.layout != torch.strided:

@@ -14,6 +14,7 @@ from fused_sgd._new_state import new_state
 from fused_sgd._norms import Found, Reduce, TrustRatio, squares
 from fused_sgd._precision import convert, drop_cast, refresh_master
 from fused_sgd._state import State
+from fused_sgd.reference import accumulation_dtype
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
@@ -80,7 +81,9 @@ class Settling(Optimizer):
             self._refuse(*answer)
 
     def _gradients(self, entries: list[tuple[int, int]]) -> list[Tensor]:
-        return [gradient(self.param_groups[group]["params"][index]) for group, index in entries]
+        """The gradients of parameters, in the dtypes that those are computed in."""
+        params = [self.param_groups[group]["params"][index] for group, index in entries]
+        return [gradient(param).to(accumulation_dtype(param.dtype)) for param in params]
 
     def _step_without_plan(self, grad_scale: Tensor | float | None, checked: bool) -> None:
         """A step in which no kernel takes part; ``checked`` if a GradScaler has looked for what is not finite."""

@@ -128,7 +128,7 @@ class FusedLARS(FusedSGD):
             return norm
         rows = self.trust_ratios()
         if not rows:
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device="cpu")
         return torch.stack([row.grad_norm.to(rows[0].grad_norm.device) for row in rows]).square().sum().sqrt()
 
 

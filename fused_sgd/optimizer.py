@@ -19,7 +19,7 @@ from fused_sgd._hyperparameters import (
     check_path,
     check_same,
 )
-from fused_sgd._judge import state_tensor
+from fused_sgd._judge import place, state_tensor, unsound_state
 from fused_sgd._native import C
 from fused_sgd._norms import make_reduce
 from fused_sgd._settling import Settling, overflowed, plan_step
@@ -286,15 +286,17 @@ class FusedSGD(Settling):
                 ``state_dict()``, ``load_state_dict()``, ``refresh_master_weights()`` and copies of the optimizer.
         """
         self._refuse_averages("swap_ema()")
-        averaging = [options for options in self.param_groups if options["ema_decay"] is not None]
-        if not averaging:
+        if all(options["ema_decay"] is None for options in self.param_groups):
             raise RuntimeError("swap_ema() needs averages, which the option `ema_decay` keeps")
         averaged = []
-        for options in averaging:
-            for param in options["params"]:
+        for number, options in enumerate(self.param_groups):
+            for index, param in enumerate(options["params"] if options["ema_decay"] is not None else ()):
                 average = state_tensor(self.state, param, "ema")
-                if average is not None:
-                    averaged.append((param, average, param.detach().clone()))
+                if average is None:
+                    continue
+                if problem := unsound_state("ema", average, param, param):
+                    raise RuntimeError(f"{place(self.param_groups, number, index)}: {problem}")
+                averaged.append((param, average, param.detach().clone()))
         self._holds_averages = True
         try:
             with torch.no_grad():
@@ -302,10 +304,10 @@ class FusedSGD(Settling):
                     param.copy_(torch.where(is_unset(average), kept.to(average.dtype), average))
             yield
         finally:
-            with torch.no_grad():
-                for param, _, kept in averaged:
-                    param.copy_(kept)
             self._holds_averages = False
+            with torch.no_grad(), contextlib.ExitStack() as restoring:  # all of them, whatever was done to one inside
+                for param, _, kept in averaged:
+                    restoring.callback(param.copy_, kept)
 
     def _refuse_averages(self, what: str) -> None:
         if self._holds_averages:
@@ -329,13 +331,15 @@ class FusedSGD(Settling):
     # --- Copies and checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Like :meth:`torch.optim.Optimizer.state_dict`, without the options that torch does not have and are off."""
+        """Like :meth:`torch.optim.Optimizer.state_dict`, without options that torch does not have and no group uses."""
         self._refuse_averages("state_dict()")
         state: dict[str, Any] = super().state_dict()
-        for group in state["param_groups"]:
-            for key, off in OFF.items():
-                if key in group and (group[key] is off or group[key] == off):
-                    del group[key]
+        groups = state["param_groups"]
+        for key, off in OFF.items():
+            if all(key not in group or group[key] is off or group[key] == off for group in groups):
+                for group in groups:
+                    group.pop(key, None)
+        for group in groups:
             for number in group["params"]:
                 if number in state["state"]:
                     state["state"][number] = without_unset_momentum(state["state"][number])
@@ -367,7 +371,6 @@ class FusedSGD(Settling):
         super().__setstate__(state)
         for key in STORAGE_KEYS:
             self.defaults.setdefault(key, OFF[key])  # a pickle may be older than they are
-        unpack(self.state)
         for number, group in enumerate(self.param_groups):
             if "trust_coeff" not in self.defaults:
                 group.pop("trust_coeff", None)  # of a FusedLARS; this one stays what it is
@@ -377,6 +380,7 @@ class FusedSGD(Settling):
                     group[key] = kept[key]
                 else:
                     group.setdefault(key, kept[key])
+        unpack(self.state)
         if running:
             self._convert_all()
         if not running:

@@ -191,7 +191,7 @@ def average(ema: Tensor, param: Tensor, decay: float) -> None:
     with torch.no_grad():
         e = _as_real(ema)
         p = _as_real(param.to(ema.dtype))
-        weight = torch.tensor(1 - decay, dtype=e.dtype).item()
+        weight = torch.tensor(1 - decay, dtype=e.dtype, device="cpu").item()
         away = p - e
         # Either way the rounding is relative to the end that is nearer to the result; weight - 1 is exact.
         moved = _add(e, away, weight) if weight < 0.5 else _add(p, away, weight - 1)
@@ -219,7 +219,7 @@ def global_norm(grads: Iterable[Tensor], grad_scale: float | Tensor | None = Non
             g = unscaled(g, grad_scale)
         norms.append(_whole(torch.linalg.vector_norm(_as_real(g), dtype=torch.float64)))
     if not norms:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     return norm
 
@@ -242,7 +242,7 @@ def any_nonfinite(grads: Iterable[Tensor]) -> Tensor:
     """
     found = [_whole(torch.isfinite(_strided(grad)).all()).logical_not() for grad in grads]
     if not found:
-        return torch.zeros((), dtype=torch.bool)
+        return torch.zeros((), dtype=torch.bool, device="cpu")
     return torch.stack([one.to(found[0].device) for one in found]).any()
 
 

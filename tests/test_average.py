@@ -262,3 +262,22 @@ def test_an_average_that_does_not_fit(other: str, fused: bool) -> None:
     with pytest.raises((RuntimeError, TypeError), match=rf"param group 0, parameter 1 .*its ema {problem}"):
         optimizer.step()
     assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("average", [torch.ones(1), torch.ones(2), torch.ones(7, dtype=torch.int64), "x"], ids=str)
+def test_swap_ema_refuses_an_average_that_does_not_fit(average: Any) -> None:
+    optimizer, params = trained()
+    optimizer.state[params[0]]["ema"] = average
+    before = copies(params)
+    with pytest.raises(RuntimeError, match=r"param group 0, parameter 0 .*its ema"), optimizer.swap_ema():
+        pass
+    assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_what_can_be_restored_is_restored(fused: bool) -> None:
+    optimizer, params = trained(fused=fused)
+    before = copies(params)
+    with pytest.raises(RuntimeError, match="size of tensor"), optimizer.swap_ema():
+        params[1].data = torch.ones(5)
+    assert all(same_bits(params[index], before[index]) for index in (0, 2, 3, 4))
+    optimizer.state_dict()  # which is refused inside

@@ -16,6 +16,10 @@ RESULTS = BENCHMARKS / "results"
 OLD = RESULTS / "step-cpu-20261123T171757Z-e0fdc98.json"
 
 
+def changed(**fields: Any) -> str:
+    return json.dumps({**json.loads(OLD.read_text()), **fields})
+
+
 def test_the_committed_report_is_what_the_committed_files_give() -> None:
     done = command("report", "--check")
     assert done.returncode == 0, done.stderr
@@ -58,6 +62,11 @@ def test_older_files_are_read() -> None:
         ('{"protocol": "2"}', "is of protocol 2, and this program reads 1 to 2"),
         ('{"protocol": 2, "rows": []}', "is no complete result file: it lacks benchmark, date"),
         (b"\xff\xfe\x00", "is no JSON"),
+        (changed(dirty=None), "is no result file: dirty cannot be None"),
+        (changed(date=None), "is no result file: date cannot be None"),
+        (changed(device=None), "is no result file: device cannot be None"),
+        (changed(device={"kind": "cpu", "cores": 2}), "is no result file: name cannot be None"),
+        (changed(rows=[{"peer": "ours", "microseconds": "7"}]), "is no result file: its rows are not"),
     ],
 )
 @pytest.mark.parametrize("how", ["report", "compare"])

@@ -217,3 +217,42 @@ def test_grad_scale_set_by_the_user(way: dict[str, Any], scale: float | Tensor) 
     mine.step()
     theirs.step()
     assert all(same_bits(p, q) for p, q in zip(params, expected, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_entries_of_no_parameter_are_kept(fused: bool) -> None:
+    """As in torch: of a number beyond the parameters, and under a key of the user's own."""
+    params = make_params(SHAPES)
+    set_grads(params, seed=0)
+    mine = FusedSGD(params, **OPTIONS, fused=fused)
+    mine.step()
+    mine.state["note"] = {"ema": torch.ones(2)}
+    state = mine.state_dict()
+    state["state"][77] = {"momentum_buffer": torch.ones(3)}
+    mine.load_state_dict(state)
+    assert torch.equal(mine.state[77]["momentum_buffer"], torch.ones(3))
+    assert torch.equal(mine.state["note"]["ema"], torch.ones(2))
+    mine.step()
+
+
+def test_a_momentum_in_a_dtype_without_arithmetic() -> None:
+    params = make_params(SHAPES)
+    set_grads(params, seed=0)
+    mine = FusedSGD(params, **OPTIONS)
+    mine.step()
+    state = mine.state_dict()
+    state["state"][1]["momentum_buffer"] = state["state"][1]["momentum_buffer"].to(torch.float8_e4m3fn)
+    mine.load_state_dict(state)
+    before = copies(params)
+    with pytest.raises(RuntimeError, match=r"parameter 1 .*momentum_buffer has a dtype that cannot hold it .*float8"):
+        mine.step()
+    assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_an_option_that_only_some_groups_use() -> None:
+    params = make_params(SHAPES)
+    groups = [{"params": [p], "decoupled_weight_decay": index == 1} for index, p in enumerate(params)]
+    saved = FusedSGD(groups, lr=0.1).state_dict()
+    mine = FusedSGD([{"params": [p], "decoupled_weight_decay": True} for p in params], lr=0.1)
+    mine.load_state_dict(saved_and_loaded(saved))
+    assert [group["decoupled_weight_decay"] for group in mine.param_groups] == [False, True, False]

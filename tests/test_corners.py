@@ -266,3 +266,35 @@ def test_a_buffer_whose_first_step_never_came_is_still_right() -> None:
     mine.step()
     theirs.step()
     assert_same(mine, theirs, [p], [q])
+
+
+def test_sparse_gradients_with_dampening(device: str) -> None:
+    """The buffer is sparse, too, and never unset: a second step raised, after others had been written."""
+    embedding, other = torch.nn.Embedding(5, 3, sparse=True), torch.nn.Parameter(torch.ones(3))
+    expected = copies([embedding.weight, other])
+    mine = FusedSGD([embedding.weight, other], lr=0.1, momentum=0.9, dampening=0.5)
+    theirs = torch.optim.SGD(expected, lr=0.1, momentum=0.9, dampening=0.5)
+    for step in range(3):
+        mine.zero_grad()
+        (embedding(torch.tensor([step, 1])).sum() + other.sum()).backward()
+        for p, q in zip((embedding.weight, other), expected, strict=True):
+            q.grad = p.grad.clone()
+        mine.step()
+        theirs.step()
+    assert same_bits(embedding.weight, expected[0])
+    assert same_bits(other, expected[1])
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_lazy_module_that_gets_its_shape_after_a_step(fused: bool | None) -> None:
+    """Its parameters then are of another class."""
+    model = torch.nn.LazyLinear(3)
+    optimizer = FusedSGD(model.parameters(), lr=0.1, fused=fused)
+    optimizer.step()
+    model(torch.ones(2, 4)).sum().backward()
+    expected = copies(list(model.parameters()))
+    for p, q in zip(model.parameters(), expected, strict=True):
+        q.grad = p.grad
+    optimizer.step()
+    torch.optim.SGD(expected, lr=0.1).step()
+    assert all(same_bits(p, q) for p, q in zip(model.parameters(), expected, strict=True))

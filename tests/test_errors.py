@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fused_sgd import FusedSGD
+from fused_sgd import FusedLARS, FusedSGD
 from fused_sgd._judge import _unsound
 from torch import Tensor
 
@@ -245,7 +247,7 @@ def test_a_hyperparameter_that_is_no_number(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("scale", "error"),
     [
-        *((scale, ValueError) for scale in (0, -2.0, NAN, float("inf"))),
+        *((scale, ValueError) for scale in (0, -2.0, NAN, float("inf"), 1e-50, 1e300, 10**400)),
         ("2", TypeError),
         (torch.ones(2), TypeError),
     ],
@@ -389,3 +391,67 @@ def test_first_step_that_fails_creates_no_state() -> None:
     set_grads(params, seed=0)
     optimizer.step()
     assert len(optimizer.state) == 3
+
+
+@pytest.mark.parametrize("key", ["lr", "momentum", "dampening", "weight_decay", "max_grad_norm"])
+def test_a_number_beyond_float64(key: str) -> None:
+    with pytest.raises(ValueError, match=r"it does not fit a float"):
+        FusedSGD(make_params([(2,)]), **{key: 10**400})
+    optimizer, _ = ready()
+    optimizer.param_groups[0][key] = 10**400
+    assert_refused(optimizer, r"it does not fit a float \(param group 0\)", ValueError)
+
+
+@pytest.mark.parametrize("key", ["momentum", "dampening"])
+def test_a_hyperparameter_of_two_elements(key: str) -> None:
+    with pytest.raises(TypeError, match=f"{key} must be a number"):
+        FusedSGD(make_params([(2,)]), **{key: torch.ones(2)})
+
+
+@pytest.mark.parametrize("key", ["lr", "momentum"])
+def test_a_complex_hyperparameter(key: str) -> None:
+    with pytest.raises(TypeError, match=f"{key} must be a number"):
+        FusedSGD(make_params([(2,)]), **{key: torch.tensor(0.5 + 0j)})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "value", [Fraction(1, 2), Decimal("0.5"), torch.tensor([[0.5]]), torch.tensor(0.5, dtype=torch.float16)], ids=repr
+)
+@pytest.mark.parametrize("key", ["lr", "momentum", "dampening", "weight_decay"])
+def test_what_has_a_number_is_one_on_both_paths(key: str, value: Any, fused: bool) -> None:
+    params, expected = make_params([(4, 3)]), make_params([(4, 3)])
+    options = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}
+    mine, theirs = FusedSGD(params, **{**options, key: value}, fused=fused), FusedSGD(expected, **{**options, key: 0.5})
+    for step in range(3):
+        set_grads(params, expected, seed=step)
+        mine.step()
+        theirs.step()
+        assert torch.equal(params[0], expected[0])
+
+
+@pytest.mark.parametrize("key", ["max_grad_norm", "trust_coeff", "eps"])
+def test_what_is_used_as_a_double_may_be_beyond_float32(key: str) -> None:
+    results = []
+    for fused in (True, False):
+        params = make_params([(4, 3)])
+        set_grads(params, seed=0)
+        FusedLARS(params, lr=0.1, weight_decay=0.1, **{key: 1e39}, fused=fused).step()
+        results.append(params[0].detach())
+    torch.testing.assert_close(*results)
+
+
+def test_an_option_of_lars_in_a_group_of_sgd() -> None:
+    optimizer, _ = ready()
+    optimizer.param_groups[0]["trust_coeff"] = 0.001
+    assert_refused(optimizer, r"eps must be a number, and is None \(param group 0\)", TypeError)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_layout_without_arithmetic() -> None:
+    p = torch.eye(4).to_sparse_bsr((2, 2)).requires_grad_()
+    p.grad = torch.eye(4).to_sparse_bsr((2, 2))
+    optimizer, _ = ready()
+    optimizer.add_param_group({"params": [p]})
+    with pytest.raises(RuntimeError, match=r"param group 1, parameter 0 .*no arithmetic for its layout"):
+        optimizer.step()

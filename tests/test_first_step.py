@@ -128,3 +128,27 @@ def test_a_buffer_unset_between_steady_steps_begins_anew(isa: str, dtype: torch.
         theirs.step()
         assert_same(mine, theirs, params, expected, f"at step {step}")
         assert not any(is_unset(mine.state[p]["momentum_buffer"]).any() for p in params)
+
+
+@pytest.mark.parametrize(("fused", "fails"), [(True, True), (True, False), (False, False)])
+def test_options_that_change_after_a_first_step_that_was_none(fused: bool, fails: bool) -> None:
+    """What had been made for that step does not fit the next: with dampening, a buffer of zeros is no first step."""
+    params = make_params([(33,), (33,)])
+    expected = copies(params)
+    mine = FusedSGD(params, lr=0.1, momentum=0.9, skip_nonfinite=not fails, fused=fused)
+    theirs = torch.optim.SGD(expected, lr=0.1, momentum=0.9, dampening=0.5)
+    set_grads(params, seed=0)
+    if fails:
+        params[1].grad = params[0].data
+        with pytest.raises(RuntimeError, match="shares memory"):
+            mine.step()
+    else:
+        params[0].grad.fill_(torch.inf)
+        mine.step()
+    assert not any(mine.state.values())
+    mine.param_groups[0]["dampening"] = 0.5
+    for step in range(1, 4):
+        set_grads(params, expected, seed=step)
+        mine.step()
+        theirs.step()
+        assert_same(mine, theirs, params, expected, f"at step {step}")

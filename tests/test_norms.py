@@ -343,3 +343,17 @@ def test_an_infinite_max_grad_norm_only_measures() -> None:
     assert same_bits(params[0], expected[0])
     assert params[0].grad is not None
     torch.testing.assert_close(norm_of(mine).float(), params[0].grad.norm())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_are_divided_in_the_dtype_of_the_update(fused: bool) -> None:
+    """Not in their own, where that is narrower than their parameter's."""
+    params = make_params([(300,)], torch.float64)
+    params[0].grad_dtype = None
+    grad = make_params([(300,)])[0].detach()
+    params[0].grad = grad.clone()
+    optimizer = FusedSGD(params, lr=0.1, max_grad_norm=0.5, fused=fused)
+    optimizer.grad_scale = 3.0
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx((grad.double() / 3).norm().item(), rel=1e-14)

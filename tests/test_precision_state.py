@@ -324,3 +324,61 @@ def test_int8_of_a_parameter_that_becomes_channels_last() -> None:
     with pytest.warns(UserWarning, match=INT8_TO_FP32):
         mine.step()
     torch.testing.assert_close(mine.state[p]["momentum_buffer"], before * 0.9)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_default_dtype_does_not_matter(default: torch.dtype, fused: bool) -> None:
+    params = make_params([(4, 64)])
+    expected = copies(params)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "ema_decay": 0.9}
+    theirs = FusedSGD(expected, **options, momentum_dtype=torch.int8, fused=fused)
+    before = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    other = torch.optim.SGD(expected, lr=0.1, momentum=0.9)
+    set_grads(params, expected, seed=0)
+    before.step()
+    other.step()
+    with pytest.warns(UserWarning, match="converted momentum"):
+        theirs.load_state_dict(other.state_dict())
+    torch.set_default_dtype(default)
+    try:
+        mine = FusedSGD(params, **options, momentum_dtype=torch.int8, fused=fused)
+        with pytest.warns(UserWarning, match="converted momentum"):
+            mine.load_state_dict(before.state_dict())
+        for _ in range(2):
+            mine.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for _ in range(2):
+        theirs.step()
+    assert same_bits(params[0], expected[0])
+
+
+@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {"momentum_dtype": torch.int8}])
+@pytest.mark.parametrize("fused", [None, False])
+def test_the_default_device_does_not_matter(options: dict[str, Any], fused: bool | None) -> None:
+    params = make_params([(4, 64)], torch.bfloat16)
+    expected = copies(params)
+    set_grads(params, expected, seed=0)
+    mine = FusedSGD(params, lr=0.1, momentum=0.9, **options, fused=fused)
+    theirs = FusedSGD(expected, lr=0.1, momentum=0.9, **options, fused=fused)
+    for _ in range(2):
+        with torch.device("meta"):
+            mine.step()
+        theirs.step()
+    assert same_bits(params[0], expected[0])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_edit_of_data_before_the_first_applied_step(fused: bool) -> None:
+    """The master that was made for a step that was skipped is not the next one's."""
+    params = make_params([(9,)], torch.bfloat16)
+    options: dict[str, Any] = {"lr": 1.0, "master_weights": torch.float32, "skip_nonfinite": True}
+    optimizer = FusedSGD(params, **options, fused=fused)
+    params[0].grad = torch.full_like(params[0], torch.inf)
+    optimizer.step()
+    params[0].data.fill_(5.0)
+    optimizer.refresh_master_weights()
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert torch.equal(params[0], torch.full_like(params[0], 4.0))

@@ -152,7 +152,9 @@ void GroupReader::parse_numbers() {
     } catch (const c10::Error&) {             // a tensor of several elements
     }
     if (invalid_ == kKeyCount && std::isnan(value)) invalid_ = key;
-    if (std::isfinite(value) && std::fabs(value) > std::numeric_limits<float>::max()) too_large_ = key;
+    // (All others are used as doubles.)
+    const bool is_cast = key == kLr || key == kMomentum || key == kDampening || key == kWeightDecay;
+    if (is_cast && std::isfinite(value) && std::fabs(value) > std::numeric_limits<float>::max()) too_large_ = key;
     return value;
   };
   const auto in_range = [&](Key key, bool good) {

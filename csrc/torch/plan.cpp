@@ -99,9 +99,10 @@ py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
   const bool on_gpu = any_on_gpu();
   // Not everything is stepped where the GPUs are, so what they alone know must be known here.
   const bool host_decides = targets_[0].packer.row_count() != 0 || !elsewhere_.empty();
-  // What was left to Python stays so for the call that follows at once.
+  // What was left to Python stays so for the call that follows at once; and what is about to be put into the state.
   const auto call_again = [&](py::tuple what) {
     for (const Where& where : elsewhere_) groups_[where.group].entries[where.index].round = round_ + 1;
+    for (const Active& a : active_) a.entry->new_round = round_ + 1;
     return what;
   };
   if (host_decides && (gpu_grad_scale_.defined() || gpu_found_inf_.defined())) {
@@ -184,6 +185,7 @@ void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, b
   const at::Tensor* local_grad = local_gradient(*gradient_pointer);
   TORCH_INTERNAL_ASSERT(local_param && local_grad, "admit() of a parameter the kernel cannot take");
   if (!new_states.is_none()) e.new_states.set(new_states.ptr());
+  e.new_round = round_;
   e.momentum = groups_[g].reader.values().momentum != 0;
   e.combination = static_cast<uint8_t>(combination);
   e.grad_column = static_cast<uint8_t>(kCombinations[combination].gradient_column());

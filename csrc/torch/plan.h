@@ -122,7 +122,8 @@ class Plan {
     const char* home = nullptr;  // and where it was when it was judged: `p.data = other` changes no version
     std::array<StateTensor, kMaxStates> states;
     char *last_param = nullptr, *last_grad = nullptr;  // null when the parameter took no part
-    Ref new_states;                                    // a dict of what is to be put into the state
+    Ref new_states;                                    // a dict of what is to be put into the state,
+    uint32_t new_round = 0;                            // by this round and no later one
     uint32_t round = 0;                                // in which it was left to Python
     Where where{};
 

@@ -147,7 +147,7 @@ void Plan::look_up_states(Entry& entry) {
     tensor.object = inner == nullptr ? nullptr : PyDict_GetItemWithError(inner, tensor.key);
     if (tensor.object == nullptr && PyErr_Occurred()) throw py::error_already_set();
     if (tensor.object == Py_None) tensor.object = nullptr;
-    if (tensor.object == nullptr && entry.new_states.get() != nullptr) {
+    if (tensor.object == nullptr && entry.new_states.get() != nullptr && entry.new_round == round_) {
       tensor.object = PyDict_GetItemWithError(entry.new_states.get(), tensor.key);
       if (tensor.object == nullptr && PyErr_Occurred()) throw py::error_already_set();
       entry.any_new = entry.any_new || tensor.object != nullptr;
@@ -239,6 +239,8 @@ py::object Plan::scan() {
 
     for (std::size_t i = 0; i < group.entries.size(); ++i) {
       Entry& entry = group.entries[i];
+      // A lazy module's parameter changes its class when it gets its shape.
+      if (entry.is_subclass) entry.is_subclass = local_tensor(entry.param.get()) == nullptr;
       const at::Tensor* grad =
           entry.is_subclass ? python_gradient(entry.param.get()) : gradient_of(THPVariable_Unpack(entry.param.get()));
       if (grad == nullptr || !grad->defined()) {
