@@ -96,24 +96,31 @@ inline constexpr Combination kCombinations[] = {
 
 inline constexpr int kCombinationCount = sizeof(kCombinations) / sizeof(kCombinations[0]);
 
-// A set of lines, as bits.
-using Lines = uint64_t;
+// A set of lines, as bits. (A type of its own, as a line's number is no set.)
+enum class Lines : uint64_t { None };
 static_assert(kCombinationCount <= 64);
-FSGD_INLINE constexpr Lines line_bit(int line) { return Lines{1} << line; }
-FSGD_INLINE constexpr bool has(Lines lines, int line) { return (lines >> line & 1) != 0; }
-FSGD_INLINE constexpr bool is_lowest(Lines lines, int line) { return (lines & (~lines + 1)) == line_bit(line); }
-// The line of a set of one; else -1.
-FSGD_INLINE constexpr int only_line(Lines lines) {
+FSGD_INLINE constexpr uint64_t bits_of(Lines lines) { return static_cast<uint64_t>(lines); }
+FSGD_INLINE constexpr Lines operator|(Lines a, Lines b) { return static_cast<Lines>(bits_of(a) | bits_of(b)); }
+FSGD_INLINE constexpr Lines operator&(Lines a, Lines b) { return static_cast<Lines>(bits_of(a) & bits_of(b)); }
+FSGD_INLINE constexpr Lines line_bit(int line) { return static_cast<Lines>(uint64_t{1} << line); }
+FSGD_INLINE constexpr bool has(Lines lines, int line) { return (lines & line_bit(line)) != Lines::None; }
+FSGD_INLINE constexpr Lines lines_before(int line) { return static_cast<Lines>((uint64_t{1} << line) - 1); }
+FSGD_INLINE constexpr int first_line(Lines lines) {  // -1 of none
   for (int line = 0; line < kCombinationCount; ++line) {
-    if (lines == line_bit(line)) return line;
+    if (has(lines, line)) return line;
   }
   return -1;
 }
-inline constexpr Lines kAllLines = ~Lines{0} >> (64 - kCombinationCount);
+// The line of a set of one; else -1.
+FSGD_INLINE constexpr int only_line(Lines lines) {
+  const int first = first_line(lines);
+  return first >= 0 && lines == line_bit(first) ? first : -1;
+}
+inline constexpr Lines kAllLines = lines_before(kCombinationCount);
 // Those of one number an element, and the momentum in the parameter's format: the first ones.
-inline constexpr Lines kPlainLines = line_bit(Line_Float32_Float32_BFloat16) - 1;
-#define FSGD_COUNTS_STEPS(P, G, M) | (kCountsSteps<P> ? line_bit(Line_##P##_##G##_##M) : 0)
-inline constexpr Lines kCountingLines = 0 FSGD_COMBINATIONS(FSGD_COUNTS_STEPS);
+inline constexpr Lines kPlainLines = lines_before(Line_Float32_Float32_BFloat16);
+#define FSGD_COUNTS_STEPS(P, G, M) | (kCountsSteps<P> ? line_bit(Line_##P##_##G##_##M) : Lines::None)
+inline constexpr Lines kCountingLines = Lines::None FSGD_COMBINATIONS(FSGD_COUNTS_STEPS);
 #undef FSGD_COUNTS_STEPS
 
 // The line's number, or -1 when the combination is not supported.

@@ -102,7 +102,7 @@ class TablePacker {
     used_bytes_ = 0;
     chunks_ = 0;
     elements_ = 0;
-    lines_ = 0;
+    lines_ = Lines::None;
     restart_groups();
   }
 
@@ -129,7 +129,7 @@ class TablePacker {
       throw std::length_error("the parameters of one step have 2^31 or more chunks");
     }
     elements_ += length;
-    lines_ |= line_bit(static_cast<int>(combination));
+    lines_ = lines_ | line_bit(static_cast<int>(combination));
     ++row_count_;
     Row* row = reinterpret_cast<Row*>(bytes_.data() + used_bytes_);
     used_bytes_ += row_bytes_;
@@ -155,7 +155,7 @@ class TablePacker {
   // Whether some group has an average.
   bool has_ema() const { return has_ema_; }
   // Whether some row's format counts steps.
-  bool counts_steps() const { return (lines_ & kCountingLines) != 0; }
+  bool counts_steps() const { return (lines_ & kCountingLines) != Lines::None; }
   // The combinations that some row has.
   Lines lines() const { return lines_; }
 
@@ -173,7 +173,7 @@ class TablePacker {
   std::size_t used_bytes_ = 0;
   int64_t chunks_ = 0;
   int64_t elements_ = 0;
-  Lines lines_ = 0;
+  Lines lines_ = Lines::None;
   bool has_ema_ = false;
 };
 

@@ -47,7 +47,7 @@ inline constexpr int kStochastic = 4, kSplitPair = 4;
 // clang-format on
 #define FSGD_PAIR(A, B) (line_bit(Line_##A) | line_bit(Line_##B))
 
-// Other tables take a kernel with a switch over what is plain, or over all.
+// Other tables take a kernel with a switch over what is plain, or over all. (One over all of the above would spill.)
 
 // Combinations that also have a kernel of their own for tables with averages, and one that measures.
 inline constexpr Lines kFloat32 = line_bit(Line_Float32_Float32_Float32),
@@ -55,14 +55,14 @@ inline constexpr Lines kFloat32 = line_bit(Line_Float32_Float32_Float32),
 constexpr bool is_common(Lines lines) { return lines == kFloat32 || lines == kBFloat16; }
 
 constexpr int blocks_at_once(Lines lines, bool ema, bool table_in_memory) {
-  switch (lines) {
-#define FSGD_BLOCKS(P, G, M, blocks)   \
-  case line_bit(Line_##P##_##G##_##M): \
+  switch (bits_of(lines)) {
+#define FSGD_BLOCKS(P, G, M, blocks)            \
+  case bits_of(line_bit(Line_##P##_##G##_##M)): \
     return ema || (table_in_memory && !is_common(lines)) ? blocks - 1 : blocks;
     FSGD_OWN_KERNELS(FSGD_BLOCKS)
 #undef FSGD_BLOCKS
 #define FSGD_BLOCKS(A, B, blocks) \
-  case FSGD_PAIR(A, B):           \
+  case bits_of(FSGD_PAIR(A, B)):  \
     return blocks;
     FSGD_PAIR_KERNELS(FSGD_BLOCKS)
 #undef FSGD_BLOCKS
@@ -84,12 +84,14 @@ __device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
   return is_last;
 }
 
-template <Lines kLines, bool kEma, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, blocks_at_once(kLines, kEma, kCapacity == 0)) void sgd_step(
+// (A kernel's lines are a number, since nvcc does not write the enumeration's name as it should.)
+template <uint64_t kBits, bool kEma, std::size_t kCapacity>
+__global__ __launch_bounds__(kThreads, blocks_at_once(Lines{kBits}, kEma, kCapacity == 0)) void sgd_step(
     const __grid_constant__ Arguments<kCapacity> arguments) {
+  constexpr Lines kLines{kBits};
   const Table table = arguments.table();
   walk_thread<kLines, kEma>(table, arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x, threadIdx.x);
-  if constexpr ((kLines & kCountingLines) != 0) {
+  if constexpr ((kLines & kCountingLines) != Lines::None) {
     if (table.scalars.ticket != nullptr && is_last_block(table.scalars.ticket)) {
       count_steps_thread(table, threadIdx.x);
       if (threadIdx.x == 0) *table.scalars.ticket = 0;
@@ -106,11 +108,11 @@ struct Phase {
   }
 };
 
-template <Lines kLines, std::size_t kCapacity>
-__global__ __launch_bounds__(kMeasureThreads, is_common(kLines) ? 5 : 4) void measure_gradients(
+template <uint64_t kBits, std::size_t kCapacity>
+__global__ __launch_bounds__(kMeasureThreads, is_common(Lines{kBits}) ? 5 : 4) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
-  measure_block<kLines>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
+  measure_block<Lines{kBits}>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
 }
 
 // How a table travels (arguments.h), by its size.
@@ -128,18 +130,18 @@ Kernel kernel_for(const TablePacker& packer, bool measures) {
   const std::size_t large = bytes <= kLargeCapacity ? kLargeCapacity : 0;
   if (is_common(lines)) return {lines, capacity};
   if (!measures && !packer.has_ema()) {
-    switch (lines) {
-#define FSGD_OWN(P, G, M, blocks) case line_bit(Line_##P##_##G##_##M):
+    switch (bits_of(lines)) {
+#define FSGD_OWN(P, G, M, blocks) case bits_of(line_bit(Line_##P##_##G##_##M)):
       FSGD_OWN_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
       return {lines, capacity};
-#define FSGD_OWN(A, B, blocks) case FSGD_PAIR(A, B):
+#define FSGD_OWN(A, B, blocks) case bits_of(FSGD_PAIR(A, B)):
       FSGD_PAIR_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
       if (large != 0) return {lines, large};
     }
   }
-  if ((lines & ~kPlainLines) == 0) return {kPlainLines, capacity};
+  if ((lines & kPlainLines) == lines) return {kPlainLines, capacity};
   return {kAllLines, large};
 }
 
@@ -153,7 +155,7 @@ constexpr bool is_compiled(Lines lines, std::size_t capacity, bool measures, boo
 template <Lines kLines, bool kEma, std::size_t kCapacity>
 const void* step_kernel_of() {
   if constexpr (is_compiled(kLines, kCapacity, false, kEma)) {
-    return reinterpret_cast<const void*>(&sgd_step<kLines, kEma, kCapacity>);
+    return reinterpret_cast<const void*>(&sgd_step<bits_of(kLines), kEma, kCapacity>);
   } else {
     return nullptr;
   }
@@ -161,18 +163,18 @@ const void* step_kernel_of() {
 
 template <bool kEma, std::size_t kCapacity>
 const void* step_kernel(Lines lines) {
-  switch (lines) {
-#define FSGD_OWN(P, G, M, blocks)      \
-  case line_bit(Line_##P##_##G##_##M): \
+  switch (bits_of(lines)) {
+#define FSGD_OWN(P, G, M, blocks)               \
+  case bits_of(line_bit(Line_##P##_##G##_##M)): \
     return step_kernel_of<line_bit(Line_##P##_##G##_##M), kEma, kCapacity>();
     FSGD_OWN_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
-#define FSGD_OWN(A, B, blocks) \
-  case FSGD_PAIR(A, B):        \
+#define FSGD_OWN(A, B, blocks)   \
+  case bits_of(FSGD_PAIR(A, B)): \
     return step_kernel_of<FSGD_PAIR(A, B), kEma, kCapacity>();
     FSGD_PAIR_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
-    case kPlainLines:
+    case bits_of(kPlainLines):
       return step_kernel_of<kPlainLines, kEma, kCapacity>();
     default:
       return step_kernel_of<kAllLines, kEma, kCapacity>();
@@ -182,7 +184,7 @@ const void* step_kernel(Lines lines) {
 template <Lines kLines, std::size_t kCapacity>
 const void* measure_kernel_of() {
   if constexpr (is_compiled(kLines, kCapacity, true, false)) {
-    return reinterpret_cast<const void*>(&measure_gradients<kLines, kCapacity>);
+    return reinterpret_cast<const void*>(&measure_gradients<bits_of(kLines), kCapacity>);
   } else {
     return nullptr;
   }
@@ -190,12 +192,12 @@ const void* measure_kernel_of() {
 
 template <std::size_t kCapacity>
 const void* measure_kernel(Lines lines) {
-  switch (lines) {
-    case kFloat32:
+  switch (bits_of(lines)) {
+    case bits_of(kFloat32):
       return measure_kernel_of<kFloat32, kCapacity>();
-    case kBFloat16:
+    case bits_of(kBFloat16):
       return measure_kernel_of<kBFloat16, kCapacity>();
-    case kPlainLines:
+    case bits_of(kPlainLines):
       return measure_kernel_of<kPlainLines, kCapacity>();
     default:
       return measure_kernel_of<kAllLines, kCapacity>();

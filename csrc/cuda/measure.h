@@ -170,22 +170,22 @@ FSGD_INLINE double sum_grad_chunk_of(const Table& table, const Sums& sums, const
 
 // What has the same gradient and is computed in the same type has one piece of code here, whatever else differs; and so
 // has what has the same parameter: that of the lowest line among them which a kernel has code for.
-#define FSGD_BIT(condition, P, G, M) | ((condition) ? line_bit(Line_##P##_##G##_##M) : 0)
+#define FSGD_BIT(condition, P, G, M) | ((condition) ? line_bit(Line_##P##_##G##_##M) : Lines::None)
 template <class Gradient, class Acc>
 FSGD_INLINE constexpr Lines lines_with_gradient() {
 #define FSGD_LINE_BIT(P, G, M) FSGD_BIT((std::is_same_v<G, Gradient> && std::is_same_v<P::Acc, Acc>), P, G, M)
-  return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
+  return Lines::None FSGD_COMBINATIONS(FSGD_LINE_BIT);
 #undef FSGD_LINE_BIT
 }
 template <class Parameter>
 FSGD_INLINE constexpr Lines lines_with_parameter() {
 #define FSGD_LINE_BIT(P, G, M) FSGD_BIT((std::is_same_v<P, Parameter>), P, G, M)
-  return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
+  return Lines::None FSGD_COMBINATIONS(FSGD_LINE_BIT);
 #undef FSGD_LINE_BIT
 }
 FSGD_INLINE constexpr Lines lines_with_columns(int columns) {  // of the parameter
 #define FSGD_LINE_BIT(P, G, M) FSGD_BIT(P::kColumns == columns, P, G, M)
-  return 0 FSGD_COMBINATIONS(FSGD_LINE_BIT);
+  return Lines::None FSGD_COMBINATIONS(FSGD_LINE_BIT);
 #undef FSGD_LINE_BIT
 }
 #undef FSGD_BIT
@@ -199,7 +199,7 @@ FSGD_INLINE double sum_grad_chunk(const Table& table, const Sums& sums, const Ro
 #define FSGD_SUM(P, G, M)                                                                                            \
   {                                                                                                                  \
     constexpr Lines kAlike = lines_with_gradient<G, P::Acc>() & kLines;                                              \
-    if constexpr (is_lowest(kAlike, Line_##P##_##G##_##M)) {                                                         \
+    if constexpr (first_line(kAlike) == Line_##P##_##G##_##M) {                                                      \
       if (has(kAlike, line)) return sum_grad_chunk_of<G, P::Acc>(table, sums, G(column), begin, row.length, thread); \
     }                                                                                                                \
   }
@@ -212,7 +212,7 @@ FSGD_INLINE double sum_param_chunk(const Row& row, int line, int64_t begin, uint
 #define FSGD_SUM(P, G, M)                                                                                     \
   {                                                                                                           \
     constexpr Lines kAlike = lines_with_parameter<P>() & kLines;                                              \
-    if constexpr (is_lowest(kAlike, Line_##P##_##G##_##M)) {                                                  \
+    if constexpr (first_line(kAlike) == Line_##P##_##G##_##M) {                                               \
       if (has(kAlike, line)) {                                                                                \
         return sum_tile<P::Acc>(P(row.columns()), begin, row.length, thread, [](P::Acc(&)[kThreadLanes]) {}); \
       }                                                                                                       \

@@ -89,17 +89,21 @@ void walk_grid(const Table& table) {
   }
 }
 
-// Both passes: the sums of the first are what the second reads.
+// Both passes: the sums of the first are what the second reads. Kernels for one combination, for two, and for all.
+constexpr Lines kFloat32 = line_bit(Line_Float32_Float32_Float32),
+                kBFloat16 = line_bit(Line_BFloat16_BFloat16_BFloat16),
+                kPair = kFloat32 | line_bit(Line_Float32_Float32_Int8);
 void run_grid(const Table& table, const cuda::Sums& sums, Lines lines) {
-  constexpr Lines kFloat32 = line_bit(Line_Float32_Float32_Float32),
-                  kBFloat16 = line_bit(Line_BFloat16_BFloat16_BFloat16);
-  switch (lines) {
-    case kFloat32:
+  switch (bits_of(lines)) {
+    case bits_of(kFloat32):
       measure_grid<kFloat32>(table, sums);
       return walk_grid<kFloat32>(table);
-    case kBFloat16:
+    case bits_of(kBFloat16):
       measure_grid<kBFloat16>(table, sums);
       return walk_grid<kBFloat16>(table);
+    case bits_of(kPair):
+      measure_grid<kPair>(table, sums);
+      return walk_grid<kPair>(table);
     default:
       measure_grid<kAllLines>(table, sums);
       walk_grid<kAllLines>(table);
@@ -247,6 +251,17 @@ int main() {
     }
   }
 
+  // Two of them, as where momentum in 8 bits stays wide beside what has no whole blocks.
+  {
+    std::vector<Tensor> tensors;
+    for (int64_t length : {64, 9, 4096, 4099, 20032}) {
+      const bool in_blocks = length % 64 == 0;
+      tensors.emplace_back(in_blocks ? Line_Float32_Float32_Int8 : Line_Float32_Float32_Float32, length, 0, 0, 0);
+    }
+    CHECK(grid_equals_walk(tensors, nullptr, cuda::kSmallCapacity));
+    CHECK(grid_equals_walk(tensors, &scale, cuda::kSmallCapacity));
+  }
+
   // All of them in one table, which is one launch.
   {
     std::vector<Tensor> tensors;
@@ -342,7 +357,7 @@ int main() {
       data[2][i] = float_to_bfloat16(8);
       const auto block = static_cast<uint32_t>(i / kChunk);
       for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
-        cuda::walk_thread<Line_BFloat16_BFloat16_BFloat16, false>(table, block, thread);
+        cuda::walk_thread<kBFloat16, false>(table, block, thread);
       }
       CHECK(bfloat16_to_float(data[2][i]) == 6);
       CHECK(bfloat16_to_float(data[0][i]) == 1);
