@@ -11,11 +11,8 @@ from torch import Tensor
 # What decides HOW a group is stepped belongs to the running optimizer, not to a checkpoint.
 STORAGE_KEYS = ("momentum_dtype", "master_weights", "stochastic_rounding")
 PATH_KEYS = ("fused", "foreach", "differentiable", "ema_decay", *STORAGE_KEYS)
-# Keys that torch.optim.SGD does not have, and what they are when they are off: a checkpoint then goes without them.
+# Those that torch.optim.SGD does not have, and what they are when they are off: a checkpoint then goes without them.
 OFF = {
-    "decoupled_weight_decay": False,
-    "max_grad_norm": None,
-    "skip_nonfinite": False,
     "momentum_dtype": None,
     "master_weights": None,
     "stochastic_rounding": False,

@@ -331,7 +331,7 @@ class FusedSGD(Settling):
     # --- Copies and checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Like :meth:`torch.optim.Optimizer.state_dict`, without options that torch does not have and no group uses."""
+        """Like :meth:`torch.optim.Optimizer.state_dict`, without unset momentum and unused options of precision."""
         self._refuse_averages("state_dict()")
         state: dict[str, Any] = super().state_dict()
         groups = state["param_groups"]

@@ -54,7 +54,10 @@ def test_keys_are_torchs() -> None:
     mine.step()
     theirs.step()
     mine_state, theirs_state = mine.state_dict(), theirs.state_dict()
-    assert list(mine_state["param_groups"][0]) == list(theirs_state["param_groups"][0])
+    (group,) = mine_state["param_groups"]
+    for key in ("decoupled_weight_decay", "max_grad_norm", "skip_nonfinite"):
+        del group[key]  # what is off is off after loading, too
+    assert list(group) == list(theirs_state["param_groups"][0])
     assert type(mine_state["state"]) is dict
     assert {k: v.keys() for k, v in mine_state["state"].items()} == {
         k: v.keys() for k, v in theirs_state["state"].items()
@@ -247,6 +250,18 @@ def test_a_momentum_in_a_dtype_without_arithmetic() -> None:
     with pytest.raises(RuntimeError, match=r"parameter 1 .*momentum_buffer has a dtype that cannot hold it .*float8"):
         mine.step()
     assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_what_torch_does_not_have() -> None:
+    """An option that was off is off after loading; a checkpoint of torch's says nothing about it."""
+    params = make_params(SHAPES)
+    options: dict[str, Any] = {"decoupled_weight_decay": True, "max_grad_norm": 2.0, "skip_nonfinite": True}
+    off = {"decoupled_weight_decay": False, "max_grad_norm": None, "skip_nonfinite": False}
+    for source, expected in ((FusedSGD, off), (torch.optim.SGD, options)):
+        mine = FusedSGD(params, lr=0.2, **options)
+        mine.load_state_dict(saved_and_loaded(source(params, lr=0.1).state_dict()))
+        assert mine.param_groups[0]["lr"] == 0.1
+        assert {key: mine.param_groups[0][key] for key in options} == expected
 
 
 def test_an_option_that_only_some_groups_use() -> None:
