@@ -156,10 +156,10 @@ class FusedSGD(Settling):
                 params = param_group["params"] = list(params)
                 number = len(self.param_groups)
                 check_duplicates([entry[1] if isinstance(entry, tuple) else entry for entry in params], number)
-            check_numbers({**self.defaults, **param_group}, f" (param group {len(self.param_groups)})")
-            check_path({**self.defaults, **param_group})
             if "trust_coeff" in param_group and "trust_coeff" not in self.defaults:
                 raise ValueError(f"`trust_coeff` is an option of FusedLARS (param group {len(self.param_groups)})")
+            check_numbers({**self.defaults, **param_group}, f" (param group {len(self.param_groups)})")
+            check_path({**self.defaults, **param_group})
             check_same([*self.param_groups, {**self.defaults, **param_group}])
         super().add_param_group(param_group)
         self._reduce = make_reduce(self.param_groups, self.norm_process_group)
