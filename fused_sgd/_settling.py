@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fused_sgd._elsewhere import step_elsewhere
@@ -31,6 +33,11 @@ def overflowed(found_inf: Any) -> bool:
     return found_inf is not None and float(found_inf) != 0
 
 
+def _replace(dictionary: dict[Any, Any], content: dict[Any, Any]) -> None:
+    dictionary.clear()
+    dictionary.update(content)
+
+
 class Settling(Optimizer):
     """The part of FusedSGD that is called where Plan::step() (csrc/torch/plan.h) answers anything but None."""
 
@@ -38,12 +45,22 @@ class Settling(Optimizer):
     _reduce: Reduce | None
     _skipped: int  # steps, by skip_nonfinite and on the CPU
     _found: Found | None
+    _undo: list[Callable[[], Any]]  # brings back what this step has changed of the state, for when it is none
 
     def _settle(
         self, rest: tuple[Any, ...], grad_scale: Tensor | float | None, found_inf: Tensor | float | None
     ) -> None:
         """Does what the plan could not: judges, raises, or steps the parameters that no kernel takes."""
+        self._undo = []
+        try:
+            self._do_rest(rest, grad_scale, found_inf)
+        except BaseException:
+            self._take_back()
+            raise
 
+    def _do_rest(
+        self, rest: tuple[Any, ...], grad_scale: Tensor | float | None, found_inf: Tensor | float | None
+    ) -> None:
         def again(elsewhere: Tensor | None = None) -> tuple[Any, ...] | None:
             groups, state = self.param_groups, self.state
             answered: tuple[Any, ...] | None
@@ -61,16 +78,18 @@ class Settling(Optimizer):
             # Not everything is stepped where these stand, so the host must know them; that waits for the GPU.
             if overflowed(found_inf):
                 self._forget_norms()
+                self._take_back()
                 return
             grad_scale, found_inf = check_grad_scale(grad_scale), None if found_inf is None else 0.0
             answer = again()
         if answer is not None and answer[0] == "norms":
             answer = again(squares(self._gradients(answer[1]), grad_scale))
         if answer is None:
-            return
-        if answer[0] == "skipped":
-            self._skipped += 1
+            self._undo.clear()
+        elif answer[0] == "skipped":
+            self._skip()
         elif answer[0] == "elsewhere":
+            self._undo.clear()
             ratios = step_elsewhere(self.param_groups, self.state, answer[1], grad_scale, self._find_totals())
             self._found = Found(self._calls(), None, ratios)
         elif answer[0] in ("mode", "no plan"):
@@ -99,10 +118,25 @@ class Settling(Optimizer):
                 self._reduce(totals)
         ratios = []
         if options["skip_nonfinite"] and totals is not None and totals[1] != 0:
-            self._skipped += 1
+            self._skip()
         else:
+            self._undo.clear()
             ratios = step_elsewhere(self.param_groups, self.state, entries, grad_scale, totals)
         self._found = Found(self._calls(), totals, ratios)
+
+    def _skip(self) -> None:
+        self._skipped += 1
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """The state becomes what it was before a step that wrote nothing else."""
+        if not self._undo:
+            return
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        if self._plan is not None:
+            self._plan.forget()  # its judgements are of the state as it was meant to be
 
     def _calls(self) -> int | None:
         calls: int | None = None if self._plan is None else self._plan.calls()
@@ -155,7 +189,7 @@ class Settling(Optimizer):
         self._take_converted(states)
         for group, index, *_, is_copy, _ in admissions:
             if is_copy:
-                self._refresh(group, index)
+                self._refresh(group, index, self._undo)
         for admission in admissions:
             self._plan.admit(*admission)
 
@@ -179,18 +213,20 @@ class Settling(Optimizer):
         for param, (kept, changes) in states.items():
             if changes:
                 inner = self.state[param]
-                inner.clear()
-                inner.update(kept)
+                self._undo.append(functools.partial(_replace, inner, dict(inner)))
+                _replace(inner, kept)
                 said += changes
         self._say_converted(said)
 
-    def _refresh(self, group: int, index: int) -> None:
+    def _refresh(self, group: int, index: int, undo: list[Callable[[], Any]] | None = None) -> None:
         param = self.param_groups[group]["params"][index]
         master = state_tensor(self.state, param, "master")
         if master is None:
             return
         if problem := unsound_state("master", master, param, param):
             raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
+        if undo is not None:
+            undo.append(functools.partial(master.copy_, master.clone()))
         refresh_master(param, master)
 
     def _judge_all(self) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from fused_sgd.reference import fill_unset
 from precision_support import EACH_MODE, FUSED, MODES, SHAPES, Model, assert_alike, rounded, saved_and_loaded, train
 from torch import Tensor, nn
 
-from support import Params, copies, make_params, same_bits, seeded, set_grads
+from support import Params, assert_same, copies, make_params, same_bits, seeded, set_grads, snapshot
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -382,3 +383,40 @@ def test_an_edit_of_data_before_the_first_applied_step(fused: bool) -> None:
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     assert torch.equal(params[0], torch.full_like(params[0], 4.0))
+
+
+@pytest.mark.cpu_only  # a GPU decides by itself, when the host has done its part
+@pytest.mark.filterwarnings("ignore:fused_sgd. converted momentum")
+@pytest.mark.parametrize(("fused", "fails"), [(True, True), (True, False), (False, False)])
+def test_a_step_that_is_none_takes_over_and_converts_nothing(fused: bool, fails: bool) -> None:
+    """Neither a write into the parameter nor another momentum_dtype, until a step is done."""
+    params = make_params([(9,), (9,)], torch.bfloat16)
+    expected = copies(params)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "master_weights": torch.float32, "fused": fused}
+    mine, theirs = FusedSGD(params, **options, skip_nonfinite=not fails), FusedSGD(expected, **options)
+    set_grads(params, expected, seed=0)
+    mine.step()
+    theirs.step()
+    mine.param_groups[0]["momentum_dtype"] = torch.bfloat16
+    kept = params[0].detach().clone()
+    with torch.no_grad():
+        params[0].fill_(5.0)
+    set_grads(params, seed=1)
+    if fails:
+        params[1].grad = params[0].data
+    else:
+        params[1].grad.fill_(torch.inf)
+    unchanged = snapshot(mine)
+    with pytest.raises(RuntimeError, match="shares memory") if fails else contextlib.nullcontext():
+        mine.step()
+    unchanged()
+    mine.param_groups[0]["momentum_dtype"] = None
+    with torch.no_grad():
+        params[0].copy_(kept)
+    for step in range(2, 4):
+        set_grads(params, expected, seed=step)
+        mine.step()
+        theirs.step()
+        assert_same(mine, theirs, params, expected, f"at step {step}")
+        for p, q in zip(params, expected, strict=True):
+            assert same_bits(mine.state[p]["master"], theirs.state[q]["master"])
