@@ -1,5 +1,6 @@
 # What a person types. Every target makes the virtual environment it needs, installs pinned packages and builds.
 #
+#   make help                this list
 #   make demo                trains on real data with torch's SGD and with ours, compares, draws runs/demo.png
 #   make test                the whole test suite
 #   make test-integrations   the same on torch $(TORCH_INTEGRATIONS) where that matters, and tests with timm and torchvision
@@ -26,9 +27,12 @@ PACKAGE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard
            $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu)
 CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu) $(wildcard tests/native/*) $(wildcard benchmarks/peers/*.c*)
 
-.PHONY: demo test test-integrations bench bench-report gpu-check lint format clean
+.PHONY: help demo test test-integrations bench bench-report gpu-check lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
+
+help:
+	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/train.py
