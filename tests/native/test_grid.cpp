@@ -76,17 +76,19 @@ void measure_grid(const Table& table, const cuda::Sums& sums) {
   }
 }
 
-template <Lines kLines>
+template <Lines kLines, bool kEma>
 void walk_grid(const Table& table) {
   for (uint32_t block = 0; block < table.chunk_count(); ++block) {
-    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
-      if (with_ema) {
-        cuda::walk_thread<kLines, true>(table, block, thread);
-      } else {
-        cuda::walk_thread<kLines, false>(table, block, thread);
-      }
-    }
+    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) cuda::walk_thread<kLines, kEma>(table, block, thread);
   }
+}
+// Kernels for all combinations only with the code for averages: without it they would double what is compiled here.
+template <Lines kLines>
+void walk_grid(const Table& table) {
+  if constexpr (kLines != kAllLines) {
+    if (!with_ema) return walk_grid<kLines, false>(table);
+  }
+  walk_grid<kLines, true>(table);
 }
 
 // Both passes: the sums of the first are what the second reads. Kernels for one combination, for two, and for all.
