@@ -183,7 +183,7 @@ def test_the_average_survives(way: str, dtype: torch.dtype, fused: bool) -> None
         assert same_bits(optimizer.state[p]["ema"], other.state[q]["ema"])
 
 
-def test_options_that_are_off_leave_no_key() -> None:
+def test_options_that_are_off_leave_no_state() -> None:
     params = make_params(SHAPES)
     set_grads(params, seed=0)
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9)
