@@ -15,7 +15,7 @@ import pytest
 import torch
 from fused_sgd import FusedLARS, FusedSGD
 
-from support import make_params, set_grads
+from support import assert_same, copies, make_params, set_grads, snapshot
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -152,3 +152,60 @@ def test_each_step_counts_one_version(make: Any, shapes: list[tuple[int, ...]], 
         before = [tensor._version for tensor in written]
         optimizer.step()
         assert [tensor._version for tensor in written] == [version + 1 for version in before]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("changed", [0, 150, 299], ids="parameter {}".format)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_look_at_everything_before_any_of_them_writes(threads: int, changed: int) -> None:
+    """Each looks at its part of the plan; what one of them finds keeps the others from walking."""
+    torch.set_num_threads(threads)
+    params = make_params(300 * [(200,)])
+    expected = copies(params)
+    mine, theirs = (
+        FusedSGD(group, lr=0.1, momentum=0.9, ema_decay=0.9, fused=fused)
+        for group, fused in ((params, True), (expected, False))
+    )
+    for step in range(7):
+        set_grads(params, expected, seed=step)
+        if step == 3:
+            params[changed].data, expected[changed].data = (group[changed].detach() + 1 for group in (params, expected))
+        if step in (4, 5):
+            params[changed].grad = expected[changed].grad = None
+        mine.step()
+        theirs.step()
+        assert_same(mine, theirs, params, expected, f"at step {step}")
+    params[changed].grad = params[changed].detach()
+    unchanged = snapshot(mine)
+    with pytest.raises(RuntimeError, match="shares memory"):
+        mine.step()
+    unchanged()
+
+
+THREADS = """
+import torch
+from fused_sgd import FusedLARS, FusedSGD
+torch.set_num_threads(4)
+for make in (FusedSGD, FusedLARS):
+    optimizers = []
+    for fused in (True, False):
+        params = [torch.full((5000,), float(i)).requires_grad_() for i in range(200)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizers.append((make(params, lr=0.1, momentum=0.9, weight_decay=0.1, fused=fused), params))
+    for _ in range(20):
+        for optimizer, _ in optimizers:
+            optimizer.step()
+    assert all(map(torch.equal, *(params for _, params in optimizers)))
+"""
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true"])
+def test_fewer_threads_than_torch_was_told(limit: str) -> None:
+    """They wait for each other, but not for threads that do not exist."""
+    name, value = limit.split("=")
+    environment = {**os.environ, name: value}
+    command = [sys.executable, "-c", THREADS]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr

@@ -82,9 +82,20 @@ py::object Plan::step(PyObject* param_groups, PyObject* state, PyObject* grad_sc
   grad_scale_ = has_grad_scale_ ? static_cast<float>(as_double(grad_scale)) : 1;
   const bool was_steady = std::exchange(steady_, false);
   if (py::object obstacle = prepare(param_groups, state); !obstacle.is_none()) return obstacle;
-  if (!(was_steady && is_steady())) {
-    if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
+  if (was_steady && may_be_steady()) {
+    if (only_walks()) {
+      norms_ = cuda::Norms::None;
+      targets_[0].scalars = Scalars{};
+      if (has_grad_scale_) targets_[0].scalars.grad_scale = &grad_scale_;
+      if (walk_if_steady()) {
+        commit();
+        return py::none();
+      }
+    } else if (is_steady()) {
+      return run(state, reduce, elsewhere);
+    }
   }
+  if (py::object obstacle = scan(); !obstacle.is_none()) return obstacle;
   return run(state, reduce, elsewhere);
 }
 
@@ -124,7 +135,7 @@ py::object Plan::run(PyObject* state, PyObject* reduce, PyObject* elsewhere) {
     if (any_staged_) stage();
     if (on_gpu) prepare_launches();
     if (global) {
-      if (host_decides || !on_gpu) measure_on_cpu(0, targets_[0].packer.row_count());
+      if (host_decides || !on_gpu) measure_on_cpu();
       if (on_gpu) measure_on_gpus();
       combine(reduce, elsewhere);
       if (reduce != Py_None) {  // which ran Python code, and so perhaps other threads: all is looked at once more

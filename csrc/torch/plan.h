@@ -14,7 +14,6 @@
 #pragma once
 
 #include <c10/core/DeviceGuard.h>
-#include <c10/util/FunctionRef.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -24,6 +23,7 @@
 #include "groups.h"
 #include "overlap.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace fused_sgd {
 
@@ -200,10 +200,13 @@ class Plan {
 
   // plan_steady.cpp
   void watch_all();
-  bool is_steady();
-  bool are_steady(std::size_t begin, std::size_t end);
+  bool may_be_steady();
   bool replace_groups();
-  void bump_watched(std::size_t begin, std::size_t end) const;
+  bool is_steady();
+  bool only_walks() const;
+  bool walk_if_steady();
+  bool are_steady(std::pair<std::size_t, std::size_t> range);
+  void bump_watched(std::pair<std::size_t, std::size_t> range) const;
 
   // plan_match.cpp
   void match_group(std::size_t number, PyObject* dict);
@@ -226,8 +229,11 @@ class Plan {
   // plan_norms.cpp
   cuda::Norms norms_needed() const;
   bool norms_are_local() const;
-  void measure_on_cpu(uint32_t row_begin, uint32_t row_end);
-  void add_up_on_cpu();
+  void start_sums();
+  double* param_squares();
+  void measure_on_cpu();
+  void know_totals(const Table& table, bool nonfinite);
+  void walk_in_batches();
   void measure_on_gpus();
   void combine(PyObject* reduce, PyObject* elsewhere);
   bool nonfinite_was_found() const;
@@ -239,9 +245,11 @@ class Plan {
   void launch();
   void walk();
   void commit();
-  static void over_chunks(uint32_t begin, uint32_t end, int64_t work,
-                          c10::function_ref<void(uint32_t begin, uint32_t end)> run,
-                          c10::function_ref<void(std::size_t part, std::size_t parts)> afterwards);
+  bool releases_gil() const;
+  int64_t walk_work() const;
+  void walk_on_cpu();
+  static void walk_backwards(const Table& table, uint32_t begin, uint32_t end);
+  void walk_parts(const Table& table, const Parts& parts) const;
 
   bool watches(PyObject* state) const;
   uint8_t target_of(c10::Device device);

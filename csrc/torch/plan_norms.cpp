@@ -14,6 +14,9 @@ namespace py = pybind11;
 namespace fused_sgd {
 namespace {
 
+// Elements of a batch, where each tensor's own norms decide its update.
+constexpr int64_t kBatchElements = 1 << 18;
+
 at::Tensor doubles(const double* data, int64_t count, c10::Device device) {
   return at::from_blob(const_cast<double*>(data), {count}, at::TensorOptions().dtype(at::kDouble).device(device));
 }
@@ -30,31 +33,68 @@ cuda::Norms Plan::norms_needed() const {
 // Whether each tensor's update needs its own norms alone.
 bool Plan::norms_are_local() const { return max_grad_norm_ == 0 && !skip_nonfinite_; }
 
-// Sums the squares of rows [row_begin, row_end) of the CPU's table.
-void Plan::measure_on_cpu(uint32_t row_begin, uint32_t row_end) {
-  const Target& cpu = targets_[0];
-  const Table table = cpu.packer.table(cpu.scalars);
-  const bool params = norms_ == cuda::Norms::GradientsAndParameters;
+// Room for the sums of the CPU's table.
+void Plan::start_sums() {
+  const Table table = targets_[0].packer.table();
   const std::size_t chunks = table.chunk_count();
   if (grad_squares_.size() < chunks) grad_squares_.resize(chunks);
+  const bool params = norms_ == cuda::Norms::GradientsAndParameters;
   if (params && param_squares_.size() < chunks) param_squares_.resize(chunks);
   if (row_squares_.size() < 2 * std::size_t{table.row_count}) row_squares_.resize(2 * std::size_t{table.row_count});
-  if (row_begin == 0) totals_ = {};
-  if (row_begin != row_end) {
-    double* const param_squares = params ? param_squares_.data() : nullptr;
-    const auto measure = cpu::instruction_set().measure;
-    std::atomic<bool> nonfinite = false;
-    const uint32_t begin = table.chunk_begin(row_begin), end = table.row(row_end - 1).chunk_end;
-    const auto run = [&](uint32_t from, uint32_t to) {
-      if (measure(table, from, to, grad_squares_.data(), param_squares)) nonfinite = true;
-    };
-    over_chunks(begin, end, (end - begin) * kChunk, run, [](std::size_t, std::size_t) {});
-    add_up_rows(table, row_begin, row_end, grad_squares_.data(), param_squares, row_squares_.data());
-    if (nonfinite) totals_[1] = 1;
-  }
-  if (row_end != table.row_count) return;
-  totals_[0] = add_up_total(table, row_squares_.data());
+}
+
+// Null where only gradients are measured.
+double* Plan::param_squares() {
+  return norms_ == cuda::Norms::GradientsAndParameters ? param_squares_.data() : nullptr;
+}
+
+// Sums the squares of all of the CPU's table.
+void Plan::measure_on_cpu() {
+  start_sums();
+  const Table table = targets_[0].packer.table(targets_[0].scalars);
+  const auto measure = cpu::instruction_set().measure;
+  std::atomic<bool> nonfinite = false;
+  in_parts(threads_for(walk_work()), [&](const Parts& parts) {
+    const auto [begin, end] = parts.of(0u, table.chunk_count());
+    if (measure(table, begin, end, grad_squares_.data(), param_squares())) nonfinite = true;
+  });
+  add_up_rows(table, 0, table.row_count, grad_squares_.data(), param_squares(), row_squares_.data());
+  know_totals(table, nonfinite);
+}
+
+void Plan::know_totals(const Table& table, bool nonfinite) {
+  totals_ = {add_up_total(table, row_squares_.data()), nonfinite ? 1.0 : 0.0};
   totals_known_ = true;
+}
+
+// Where each tensor's own norms are all that its update waits for: norms and update of some tensors at a time, which
+// are in cache.
+void Plan::walk_in_batches() {
+  start_sums();
+  const TablePacker& packer = targets_[0].packer;
+  Table table = packer.table(targets_[0].scalars);
+  table.scalars.row_squares = row_squares_.data();
+  const auto measure = cpu::instruction_set().measure;
+  std::atomic<bool> nonfinite = false;
+  const int64_t threads = threads_for(walk_work());
+  Meeting meeting(threads);
+  in_parts(threads, [&](const Parts& parts) {
+    for (uint32_t first = 0, last; first < table.row_count; first = last) {
+      int64_t elements = 0;
+      for (last = first; last < table.row_count; ++last) {
+        elements += table.row(last).length;
+        if (last != first && elements > kBatchElements) break;
+      }
+      const auto [begin, end] = parts.of(table.chunk_begin(first), table.row(last - 1).chunk_end);
+      if (measure(table, begin, end, grad_squares_.data(), param_squares())) nonfinite = true;
+      meeting.wait(parts, [&, first = first, last = last] {
+        add_up_rows(table, first, last, grad_squares_.data(), param_squares(), row_squares_.data());
+      });
+      walk_backwards(table, begin, end);
+    }
+    if (repeats_) bump_watched(parts.of(std::size_t{0}, watched_.size()));
+  });
+  know_totals(table, nonfinite);
 }
 
 void Plan::measure_on_gpus() {

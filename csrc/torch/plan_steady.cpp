@@ -1,12 +1,12 @@
 // The steady step: is all as the last step left it, but for the gradients' addresses and the values of hyperparameters?
 // Then the tables hold, and nothing else of the plan is looked at. No line of Python runs here.
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <atomic>
 
 #include "plan.h"
 #include "python_tensors.h"
+#include "threads.h"
 
 namespace fused_sgd {
 namespace {
@@ -15,8 +15,8 @@ namespace {
 // before its turn: by pointers of the last step, of which a stale one costs a wasted load and no more.
 constexpr std::size_t kAhead = 6;
 constexpr int kLine = 64;  // bytes
-// Below so many parameters, a second thread costs more than it gives.
-constexpr int64_t kSerialTensors = 256;
+// What it takes to look at a parameter, its gradient and its state, in elements that could be done meanwhile.
+constexpr int64_t kElementsALook = 128;
 
 template <class T>
 FSGD_INLINE void prefetch(const T* object, int bytes) {
@@ -86,33 +86,66 @@ bool Plan::replace_groups() {
   return true;
 }
 
-// Whether the tables of the last step are this one's too, but for values and the gradients' addresses, which are
-// brought up to date. Whatever else differs is left to scan().
-bool Plan::is_steady() {
+// Whether the tables of the last step may be this one's too, but for the gradients' addresses. The groups' values are
+// brought up to date.
+bool Plan::may_be_steady() {
   if (written_moved_ || !states_known_ || (values_changed_ && !replace_groups())) return false;
   for (const Entry* entry : idle_) {
     const at::Tensor* grad = gradient_of(THPVariable_Unpack(entry->param.get()));
     if (grad != nullptr && grad->defined()) return false;
   }
-  // On several threads where there are many. The calling one keeps the GIL, and the others only read fields of Python's
-  // objects; where dicts must be looked into, it does all.
-  const auto count = static_cast<int64_t>(watched_.size());
+  return true;
+}
+
+// Then: whether they are. Gradients' addresses are brought up to date. Whatever else differs is left to scan().
+//
+// The calling thread keeps the GIL, and others only read fields of Python's objects; where dicts must be looked into,
+// it does all.
+bool Plan::is_steady() {
+  const std::size_t count = watched_.size();
   std::atomic<bool> all_hold = true;
-  const auto look = [&](int64_t begin, int64_t end) {
-    if (!are_steady(static_cast<std::size_t>(begin), static_cast<std::size_t>(end))) all_hold = false;
-  };
-  if (DictVersion::kExists && count >= kSerialTensors && at::get_num_threads() > 1) {
-    at::parallel_for(0, count, kSerialTensors / 2, look);
-  } else {
-    look(0, count);
-  }
+  in_parts(DictVersion::kExists ? threads_for(kElementsALook * count) : 1, [&](Parts parts) {
+    if (!are_steady(parts.of(std::size_t{0}, count))) all_hold = false;
+  });
   if (!all_hold) return false;
   any_new_ = grads_moved_ = false;
   return steady_ = repeats_ = true;
 }
 
-// The same for some of watched_. (Flattened: a call to one of torch's small functions costs more than what it does.)
-__attribute__((flatten)) bool Plan::are_steady(std::size_t begin, std::size_t end) {
+// Whether the rest of the step is walk() alone, on the CPU and with the GIL; then walk_if_steady() is the whole step.
+bool Plan::only_walks() const {
+  const bool nothing_on_gpu = !gpu_grad_scale_.defined() && !gpu_found_inf_.defined() && !any_on_gpu();
+  return DictVersion::kExists && nothing_on_gpu && norms_needed() == cuda::Norms::None && !releases_gil();
+}
+
+// is_steady() and walk() by the same threads, which meet in between: starting them twice takes as long as looking at a
+// hundred tensors. If it is false nothing was walked.
+bool Plan::walk_if_steady() {
+  TablePacker& packer = targets_[0].packer;
+  const std::size_t count = watched_.size();
+  const int64_t threads = threads_for(kElementsALook * count + walk_work());
+  const Table table = packer.table(targets_[0].scalars);
+  std::atomic<bool> all_hold = true;
+  Meeting meeting(threads);
+  any_new_ = grads_moved_ = false;
+  repeats_ = true;
+  in_parts(threads, [&](Parts parts) {
+    try {
+      if (!are_steady(parts.of(std::size_t{0}, count))) all_hold = false;
+    } catch (...) {
+      all_hold = false;
+      meeting.come(parts);
+      throw;
+    }
+    meeting.wait(parts);
+    if (all_hold) walk_parts(table, parts);
+  });
+  return steady_ = all_hold;
+}
+
+// is_steady() for some of watched_. (Flattened: a call to one of torch's small functions costs more than what it does.)
+__attribute__((flatten)) bool Plan::are_steady(std::pair<std::size_t, std::size_t> range) {
+  const auto [begin, end] = range;
   for (std::size_t i = begin; i < end; ++i) {
     if (i + kAhead < end) {
       const WatchedEntry& next = watched_[i + kAhead];
@@ -175,7 +208,8 @@ __attribute__((flatten)) bool Plan::are_steady(std::size_t begin, std::size_t en
 }
 
 // Autograd learns what such a step wrote, into some of watched_.
-void Plan::bump_watched(std::size_t begin, std::size_t end) const {
+void Plan::bump_watched(std::pair<std::size_t, std::size_t> range) const {
+  const auto [begin, end] = range;
   const auto bump = [](const Watched& tensor) { const_cast<c10::TensorImpl*>(tensor.impl)->bump_version(); };
   const auto each = [&](std::size_t i, auto run) {
     run(watched_[i].param);

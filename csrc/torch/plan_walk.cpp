@@ -1,5 +1,4 @@
 // The step itself, from a settled table to changed memory, and what comes after.
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -8,25 +7,18 @@
 #include "../cpu/walk.h"
 #include "plan.h"
 #include "python_tensors.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
 namespace fused_sgd {
 namespace {
 
-// Below this much work a second thread costs more than it gives. A tensor counts for the elements that could be done
-// while its row is looked up.
-constexpr int64_t kSerialElements = 32768;
+// What it takes to look up a tensor's row, in elements that could be done meanwhile.
 constexpr int64_t kElementsARow = 64;
 // From here on the GIL is released. Less work is done in a small part of the 5 ms for which Python itself lets a thread
 // keep it, and holding on to every tensor, as must be done without it, would take longer than the work.
 constexpr int64_t kReleaseElements = 1 << 20;
-// Where a tensor's own norms decide its update, norms and update of so many elements are walked while they are in
-// cache.
-constexpr int64_t kBatchElements = 1 << 18;
-// Where gradients were measured just before, what was measured last may still be in cache, and is walked first: in
-// pieces of so many chunks, from the last to the first.
-constexpr uint32_t kPieceChunks = 64;
 
 }  // namespace
 
@@ -62,70 +54,44 @@ void Plan::launch() {
   });
 }
 
-// Runs run(begin, end) over chunks [begin, end), on as many threads as `work` elements are worth; and then, on each,
-// run (part, parts) of what there is to do afterwards.
-void Plan::over_chunks(uint32_t begin, uint32_t end, int64_t work, c10::function_ref<void(uint32_t, uint32_t)> run,
-                       c10::function_ref<void(std::size_t, std::size_t)> afterwards) {
-  const int64_t chunks = int64_t{end} - begin;
-  const int64_t threads = std::clamp<int64_t>(2 * work / kSerialElements, 1, at::get_num_threads());
-  if (work < kSerialElements || threads == 1) {
-    run(begin, end);
-    return afterwards(0, 1);
+bool Plan::releases_gil() const { return targets_[0].packer.elements() >= kReleaseElements; }
+
+// What walking the CPU's table is, for threads_for().
+int64_t Plan::walk_work() const {
+  const TablePacker& packer = targets_[0].packer;
+  return packer.elements() + kElementsARow * packer.row_count();
+}
+
+// Chunks [begin, end) in pieces, the last first: that is where norms ended, and what they have read last may still be
+// in cache.
+void Plan::walk_backwards(const Table& table, uint32_t begin, uint32_t end) {
+  constexpr uint32_t kPiece = 64;
+  while (begin < end) {
+    const uint32_t from = end - std::min(kPiece, end - begin);
+    cpu::instruction_set().walk(table, from, end);
+    end = from;
   }
-  const auto share = [&](int64_t thread) { return begin + static_cast<uint32_t>(chunks * thread / threads); };
-  at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-    run(share(from), share(to));
-    for (; from < to; ++from) afterwards(static_cast<std::size_t>(from), static_cast<std::size_t>(threads));
-  });
+}
+
+// Parts of the CPU's table and, in a step that repeats the last one, of what is counted for autograd.
+void Plan::walk_parts(const Table& table, const Parts& parts) const {
+  const auto [begin, end] = parts.of(0u, table.chunk_count());
+  if (norms_ == cuda::Norms::None) {
+    cpu::instruction_set().walk(table, begin, end);
+  } else {
+    walk_backwards(table, begin, end);
+  }
+  if (repeats_) bump_watched(parts.of(std::size_t{0}, watched_.size()));
+}
+
+void Plan::walk_on_cpu() {
+  if (norms_ == cuda::Norms::GradientsAndParameters && !totals_known_) return walk_in_batches();
+  const Table table = targets_[0].packer.table(targets_[0].scalars);
+  in_parts(threads_for(walk_work()), [&](const Parts& parts) { walk_parts(table, parts); });
 }
 
 void Plan::walk() {
-  Target& target = targets_[0];
-  const uint32_t rows = target.packer.row_count();
-  const bool measures = norms_ == cuda::Norms::GradientsAndParameters && !totals_known_;
-  const auto bump = [&](std::size_t part, std::size_t parts) {
-    if (repeats_) bump_watched(watched_.size() * part / parts, watched_.size() * (part + 1) / parts);
-  };
-  if (rows == 0) {
-    if (measures) measure_on_cpu(0, 0);
-    return bump(0, 1);
-  }
-  const cpu::Walk walk = cpu::instruction_set().walk;
-  const auto run = [&] {
-    const Table table = target.packer.table(target.scalars);
-    const auto walk_rows = [&](uint32_t first, uint32_t last, int64_t elements, auto afterwards) {
-      const uint32_t begin = table.chunk_begin(first), end = table.row(last - 1).chunk_end;
-      Table with_norms = table;
-      with_norms.scalars.row_squares = row_squares_.data();
-      const auto backwards = [&](uint32_t from, uint32_t to) {
-        const uint32_t piece = norms_ == cuda::Norms::None ? to - from : kPieceChunks;
-        for (uint32_t begin; from < to; to = begin) {
-          begin = to - std::min(piece, to - from);
-          walk(with_norms, begin, to);
-        }
-      };
-      over_chunks(begin, end, elements + kElementsARow * (last - first), backwards, afterwards);
-    };
-    if (!measures) return walk_rows(0, rows, target.packer.elements(), bump);
-    for (uint32_t first = 0, last; first < rows; first = last) {
-      int64_t elements = 0;
-      for (last = first; last < rows && (last == first || elements + table.row(last).length <= kBatchElements);
-           ++last) {
-        elements += table.row(last).length;
-      }
-      measure_on_cpu(first, last);
-      walk_rows(first, last, elements, [](std::size_t, std::size_t) {});
-    }
-    bump(0, 1);
-  };
-  const auto count = [&] {
-    if (target.packer.counts_steps()) count_steps(target.packer.table(), 0, 1);
-  };
-  if (target.packer.elements() < kReleaseElements) {
-    run();
-    return count();
-  }
-
+  if (!releases_gil()) return walk_on_cpu();
   // Meanwhile another Python thread may drop a gradient or clear the state. (The plan holds the parameters.)
   held_.clear();
   for (const Active& a : active_) {
@@ -133,13 +99,14 @@ void Plan::walk() {
     for (int k = 0; k < a.entry->state_count; ++k) held_.push_back(*a.states[k]);
   }
   const py::gil_scoped_release no_gil;
-  run();
-  count();
+  walk_on_cpu();
 }
 
-// After the walk: copies go home, autograd learns what was written (unless walk() has told it), and the plan remembers
-// what it saw.
+// After the walk: steps are counted where random bits depend on it, copies go home, autograd learns what was written
+// (unless the walk has told it), and the plan remembers what it saw.
 void Plan::commit() {
+  const TablePacker& packer = targets_[0].packer;
+  if (packer.counts_steps()) count_steps(packer.table(), 0, 1);
   if (!repeats_) {
     for (const Active& a : active_) {
       const at::Tensor& outer = THPVariable_Unpack(a.entry->param.get());
