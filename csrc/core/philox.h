@@ -150,7 +150,7 @@ FSGD_INLINE void philox(PhiloxWords counter, PhiloxKey key, char* words) {
 
 // As many calls as this can do of n; returns how many those are.
 FSGD_INLINE int philox(PhiloxWords counter, PhiloxKey key, char* words, int n) {
-  constexpr int kChains = kCount == 8 ? 2 : 4;  // 16 calls, as a batch of bf16 takes, or 8
+  constexpr int kChains = 4;
   int call = 0;
   for (; call + kChains * kCount <= n; call += kChains * kCount) {
     philox<kChains>(ahead(counter, call), key, words + call * sizeof(PhiloxWords));

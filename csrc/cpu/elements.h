@@ -233,7 +233,7 @@ class Loop {
   // than it gives.
   static constexpr bool kForesees = kDraws<P> && kTellsLarge<P> && kTellsLarge<G> && kTellsLarge<M>;
   static constexpr int kStrip = kBatch > 1 ? kBatch : 32;  // elements that are called together
-  static constexpr int kAhead = 256;                       // elements
+  static constexpr int kAhead = 512;                       // elements
 
   FSGD_INLINE void call(int64_t i) const {
     param_.template prefetch<kStrip>(i);

@@ -85,7 +85,7 @@ uint32_t walk_rows(const Table& table, uint32_t first, int64_t begin, uint32_t c
 }
 
 constexpr int kTilesAtOnce = 3;  // streams that are read side by side
-constexpr int64_t kStream = 8;   // tiles, that a stream has at most
+constexpr int64_t kStream = 64;  // tiles, that a stream has at most
 
 // The sums of squares of some of a row's tiles: of kTilesAtOnce, which are whole and `apart` from each other, or of
 // one.
