@@ -182,6 +182,43 @@ def test_threads_look_at_everything_before_any_of_them_writes(threads: int, chan
     unchanged()
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("failing", [0, 150, 299], ids="parameter {}".format)
+def test_a_thread_that_fails_keeps_the_others_from_walking(failing: int) -> None:
+    torch.set_num_threads(2)
+    params = make_params(300 * [(200,)])
+    optimizer = FusedSGD(params, lr=0.1, fused=True)
+    set_grads(params, seed=0)
+    for _ in range(3):
+        optimizer.step()
+    others = params[:failing] + params[failing + 1 :]
+    before = [p.detach().clone() for p in others]
+    torch._C._set_throw_on_mutable_data_ptr(params[failing])  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            optimizer.step()
+        assert all(map(torch.equal, before, others))
+
+
+@pytest.mark.cpu_only
+def test_a_lazy_copy_that_two_threads_would_write() -> None:
+    """Copying is left to one thread; the clone keeps its values."""
+    torch.set_num_threads(2)
+    memory = torch.ones(40_000)
+    params = [part.requires_grad_() for part in memory.split(20_000)]
+    set_grads(params, seed=0)
+    optimizer = FusedSGD(params, lr=0.1, fused=True)
+    for _ in range(3):
+        optimizer.step()
+    before = memory.clone()
+    clone = torch._lazy_clone(memory)
+    optimizer.step()
+    for part, was, p in zip(clone.split(20_000), before.split(20_000), params, strict=True):
+        assert p.grad is not None
+        assert torch.equal(part, was)
+        assert torch.equal(p, was - 0.1 * p.grad)
+
+
 THREADS = """
 import torch
 from fused_sgd import FusedLARS, FusedSGD

@@ -6,7 +6,8 @@
 // the judging is done (fused_sgd/_judge.py), and nothing is written until all of it is settled.
 //
 //   plan.cpp          what a step may find, and the order of its parts
-//   plan_steady.cpp   is all as it was? then only values and the gradients' addresses go into the tables
+//   plan_steady.cpp   is all as it was? then only values and the gradients' addresses go into the tables, and where the
+//                     walk is all that follows, the same threads go on with it
 //   plan_match.cpp    else the plan is brought to the optimizer's shape, and the tables are packed anew
 //   plan_memory.cpp   memory that is shared, copied, or put into the state
 //   plan_norms.cpp    the first pass, where a step must see every gradient before it writes
@@ -22,8 +23,8 @@
 #include "../cuda/launch.h"
 #include "groups.h"
 #include "overlap.h"
+#include "parts.h"
 #include "tensors.h"
-#include "threads.h"
 
 namespace fused_sgd {
 
@@ -173,7 +174,7 @@ class Plan {
     void call() const;
     void call_version() const;
     void call_version_count() const;
-    bool holds(const c10::TensorImpl* now, bool writable) const;
+    bool holds(const c10::TensorImpl* now) const;
   };
   struct WatchedState {
     PyObject* object = nullptr;
@@ -233,7 +234,6 @@ class Plan {
   double* param_squares();
   void measure_on_cpu();
   void know_totals(const Table& table, bool nonfinite);
-  void walk_in_batches();
   void measure_on_gpus();
   void combine(PyObject* reduce, PyObject* elsewhere);
   bool nonfinite_was_found() const;
@@ -248,6 +248,7 @@ class Plan {
   bool releases_gil() const;
   int64_t walk_work() const;
   void walk_on_cpu();
+  void walk_in_batches();
   static void walk_backwards(const Table& table, uint32_t begin, uint32_t end);
   void walk_parts(const Table& table, const Parts& parts) const;
 
@@ -300,7 +301,7 @@ class Plan {
   bool any_staged_ = false;
   bool any_new_ = false;
   bool any_copies_ = false;
-  bool simple_ = false;          // is_steady() can tell whether the next step is like the one that was scanned
+  bool simple_ = false;          // plan_steady.cpp can tell whether the next step is like the one that was scanned
   bool steady_ = false;          // the tables are those of a step that was done, and nothing but values may differ
   bool repeats_ = false;         // this step is such a step
   bool values_changed_ = false;  // of a group's hyperparameters

@@ -227,7 +227,7 @@ py::object Plan::scan() {
   }
   for (Target& target : targets_) target.packer.start(static_cast<int>(columns));
   grads_moved_ = any_staged_ = any_new_ = any_copies_ = repeats_ = false;
-  bool simple = true;  // enough for is_steady()
+  bool simple = true;  // enough for plan_steady.cpp
   py::object to_judge;
   for (std::size_t g = 0; g < groups_.size(); ++g) {
     GroupEntry& group = groups_[g];

@@ -8,14 +8,12 @@
 
 #include "../cpu/walk.h"
 #include "plan.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
 namespace fused_sgd {
 namespace {
-
-// Elements of a batch, where each tensor's own norms decide its update.
-constexpr int64_t kBatchElements = 1 << 18;
 
 at::Tensor doubles(const double* data, int64_t count, c10::Device device) {
   return at::from_blob(const_cast<double*>(data), {count}, at::TensorOptions().dtype(at::kDouble).device(device));
@@ -65,36 +63,6 @@ void Plan::measure_on_cpu() {
 void Plan::know_totals(const Table& table, bool nonfinite) {
   totals_ = {add_up_total(table, row_squares_.data()), nonfinite ? 1.0 : 0.0};
   totals_known_ = true;
-}
-
-// Where each tensor's own norms are all that its update waits for: norms and update of some tensors at a time, which
-// are in cache.
-void Plan::walk_in_batches() {
-  start_sums();
-  const TablePacker& packer = targets_[0].packer;
-  Table table = packer.table(targets_[0].scalars);
-  table.scalars.row_squares = row_squares_.data();
-  const auto measure = cpu::instruction_set().measure;
-  std::atomic<bool> nonfinite = false;
-  const int64_t threads = threads_for(walk_work());
-  Meeting meeting(threads);
-  in_parts(threads, [&](const Parts& parts) {
-    for (uint32_t first = 0, last; first < table.row_count; first = last) {
-      int64_t elements = 0;
-      for (last = first; last < table.row_count; ++last) {
-        elements += table.row(last).length;
-        if (last != first && elements > kBatchElements) break;
-      }
-      const auto [begin, end] = parts.of(table.chunk_begin(first), table.row(last - 1).chunk_end);
-      if (measure(table, begin, end, grad_squares_.data(), param_squares())) nonfinite = true;
-      meeting.wait(parts, [&, first = first, last = last] {
-        add_up_rows(table, first, last, grad_squares_.data(), param_squares(), row_squares_.data());
-      });
-      walk_backwards(table, begin, end);
-    }
-    if (repeats_) bump_watched(parts.of(std::size_t{0}, watched_.size()));
-  });
-  know_totals(table, nonfinite);
 }
 
 void Plan::measure_on_gpus() {

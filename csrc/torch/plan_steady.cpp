@@ -1,5 +1,6 @@
 // The steady step: is all as the last step left it, but for the gradients' addresses and the values of hyperparameters?
-// Then the tables hold, and nothing else of the plan is looked at. No line of Python runs here.
+// Then the tables hold, and nothing else of the plan is looked at. No line of Python runs here. Where the walk is all
+// that follows, the threads that look go on with it.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <atomic>
@@ -38,9 +39,11 @@ FSGD_INLINE void Plan::Watched::call_version_count() const {
   prefetch(*reinterpret_cast<char* const*>(&impl->version_counter()), 1);
 }
 
-// Whether the tensor is as the last step found it, in the same memory.
-FSGD_INLINE bool Plan::Watched::holds(const c10::TensorImpl* now, bool writable) const {
-  return now == impl && print->matches(*now) && (data == nullptr || print->locate(*now, writable) == data);
+// Whether the tensor, which is written, is as the last step found it, in the same memory.
+FSGD_INLINE bool Plan::Watched::holds(const c10::TensorImpl* now) const {
+  if (now != impl || !print->matches(*now)) return false;
+  if (data == nullptr) return true;
+  return !is_lazy_copy(*now->unsafe_storage().unsafeGetStorageImpl()) && print->locate(*now, true) == data;
 }
 
 // After a step whose tables may hold for the next one.
@@ -86,8 +89,8 @@ bool Plan::replace_groups() {
   return true;
 }
 
-// Whether the tables of the last step may be this one's too, but for the gradients' addresses. The groups' values are
-// brought up to date.
+// Whether what is_steady() does not look at is as it was, so that the tables of the last step may be this one's too.
+// The groups' new values are put into them, perhaps into some only: if not, scan() must follow.
 bool Plan::may_be_steady() {
   if (written_moved_ || !states_known_ || (values_changed_ && !replace_groups())) return false;
   for (const Entry* entry : idle_) {
@@ -97,41 +100,41 @@ bool Plan::may_be_steady() {
   return true;
 }
 
-// Then: whether they are. Gradients' addresses are brought up to date. Whatever else differs is left to scan().
+// After may_be_steady(): whether all tensors are as they were, but for the gradients' addresses, which are put into the
+// tables. Whatever else differs is left to scan().
 //
 // The calling thread keeps the GIL, and others only read fields of Python's objects; where dicts must be looked into,
 // it does all.
 bool Plan::is_steady() {
-  const std::size_t count = watched_.size();
+  const auto count = static_cast<int64_t>(watched_.size());
   std::atomic<bool> all_hold = true;
-  in_parts(DictVersion::kExists ? threads_for(kElementsALook * count) : 1, [&](Parts parts) {
-    if (!are_steady(parts.of(std::size_t{0}, count))) all_hold = false;
+  in_parts(DictVersion::kExists ? threads_for(kElementsALook * count) : 1, [&](const Parts& parts) {
+    if (!are_steady(parts.of(std::size_t{0}, watched_.size()))) all_hold = false;
   });
   if (!all_hold) return false;
   any_new_ = grads_moved_ = false;
   return steady_ = repeats_ = true;
 }
 
-// Whether the rest of the step is walk() alone, on the CPU and with the GIL; then walk_if_steady() is the whole step.
+// Whether several threads may look, and between is_steady() and commit() there is only a walk on the CPU, with the GIL.
+// Then walk_if_steady() may take the place of both.
 bool Plan::only_walks() const {
   const bool nothing_on_gpu = !gpu_grad_scale_.defined() && !gpu_found_inf_.defined() && !any_on_gpu();
   return DictVersion::kExists && nothing_on_gpu && norms_needed() == cuda::Norms::None && !releases_gil();
 }
 
 // is_steady() and walk() by the same threads, which meet in between: starting them twice takes as long as looking at a
-// hundred tensors. If it is false nothing was walked.
+// hundred tensors. If it is false nothing was walked, and scan() must follow.
 bool Plan::walk_if_steady() {
-  TablePacker& packer = targets_[0].packer;
-  const std::size_t count = watched_.size();
-  const int64_t threads = threads_for(kElementsALook * count + walk_work());
-  const Table table = packer.table(targets_[0].scalars);
+  const Table table = targets_[0].packer.table(targets_[0].scalars);
+  const int64_t threads = threads_for(kElementsALook * static_cast<int64_t>(watched_.size()) + walk_work());
   std::atomic<bool> all_hold = true;
   Meeting meeting(threads);
   any_new_ = grads_moved_ = false;
-  repeats_ = true;
-  in_parts(threads, [&](Parts parts) {
+  repeats_ = true;  // for walk_parts(); scan() takes it back
+  in_parts(threads, [&](const Parts& parts) {
     try {
-      if (!are_steady(parts.of(std::size_t{0}, count))) all_hold = false;
+      if (!are_steady(parts.of(std::size_t{0}, watched_.size()))) all_hold = false;
     } catch (...) {
       all_hold = false;
       meeting.come(parts);
@@ -163,7 +166,7 @@ __attribute__((flatten)) bool Plan::are_steady(std::pair<std::size_t, std::size_
     WatchedEntry& w = watched_[i];
     const at::Tensor& param = THPVariable_Unpack(w.param_object);
     const c10::TensorImpl* impl = param.unsafeGetTensorImpl();
-    if (!w.param.holds(impl, true)) return false;
+    if (!w.param.holds(impl)) return false;
     if (w.is_copy && active_[i].entry->written_by_others(*impl)) return false;
 
     const at::Tensor* grad = gradient_of(param);
@@ -185,7 +188,7 @@ __attribute__((flatten)) bool Plan::are_steady(std::pair<std::size_t, std::size_
     for (int k = 0; k < w.state_count; ++k) {
       if (!THPVariable_CheckExact(states[k].object)) return false;
       const c10::TensorImpl* now = THPVariable_Unpack(states[k].object).unsafeGetTensorImpl();
-      if (!states[k].tensor.holds(now, true)) return false;
+      if (!states[k].tensor.holds(now)) return false;
       if (w.device_index >= 0 && now->device().index() != w.device_index) return false;
     }
 

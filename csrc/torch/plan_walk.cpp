@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "../cpu/walk.h"
 #include "plan.h"
@@ -19,6 +20,9 @@ constexpr int64_t kElementsARow = 64;
 // From here on the GIL is released. Less work is done in a small part of the 5 ms for which Python itself lets a thread
 // keep it, and holding on to every tensor, as must be done without it, would take longer than the work.
 constexpr int64_t kReleaseElements = 1 << 20;
+// Where a tensor's own norms decide its update, norms and update of so many elements are walked while they are in
+// cache.
+constexpr int64_t kBatchElements = 1 << 18;
 
 }  // namespace
 
@@ -88,6 +92,35 @@ void Plan::walk_on_cpu() {
   if (norms_ == cuda::Norms::GradientsAndParameters && !totals_known_) return walk_in_batches();
   const Table table = targets_[0].packer.table(targets_[0].scalars);
   in_parts(threads_for(walk_work()), [&](const Parts& parts) { walk_parts(table, parts); });
+}
+
+// Where each tensor's own norms are all that its update waits for: norms and update of some tensors at a time, which
+// are in cache.
+void Plan::walk_in_batches() {
+  start_sums();
+  const TablePacker& packer = targets_[0].packer;
+  Table table = packer.table(targets_[0].scalars);
+  table.scalars.row_squares = row_squares_.data();
+  const auto measure = cpu::instruction_set().measure;
+  std::atomic<bool> nonfinite = false;
+  const int64_t threads = threads_for(walk_work());
+  Meeting meeting(threads);
+  in_parts(threads, [&](const Parts& parts) {
+    for (uint32_t first = 0, last; first < table.row_count; first = last) {
+      int64_t elements = 0;
+      for (last = first; last < table.row_count; ++last) {
+        elements += table.row(last).length;
+        if (last != first && elements > kBatchElements) break;
+      }
+      const auto [begin, end] = parts.of(table.chunk_begin(first), table.row(last - 1).chunk_end);
+      if (measure(table, begin, end, grad_squares_.data(), param_squares())) nonfinite = true;
+      meeting.wait(
+          parts, [&] { add_up_rows(table, first, last, grad_squares_.data(), param_squares(), row_squares_.data()); });
+      walk_backwards(table, begin, end);
+    }
+    if (repeats_) bump_watched(parts.of(std::size_t{0}, watched_.size()));
+  });
+  know_totals(table, nonfinite);
 }
 
 void Plan::walk() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/COWDeleter.h>
 
 #include <map>
 #include <vector>
@@ -9,6 +10,11 @@
 #include "../core/combinations.h"
 
 namespace fused_sgd {
+
+// Whether a tensor's memory is a lazy copy, which whoever writes it must make a copy first: one thread at a time.
+FSGD_INLINE bool is_lazy_copy(const c10::StorageImpl& storage) {
+  return storage.data_ptr().get_deleter() == &c10::impl::cow::cow_deleter;
+}
 
 // What must stay the same about an ordinary strided tensor for a judgement of it to hold. Compared at every step, in
 // nanoseconds. The dispatch key set stands for device type, layout, conj and neg bits, subclass, inference mode and

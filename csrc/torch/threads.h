@@ -5,60 +5,51 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
-#include <utility>
+#include <cstdint>
+
+#include "parts.h"
 
 namespace fused_sgd {
-
-// Parts [begin, end) of `count` equal ones.
-struct Parts {
-  int64_t begin = 0, end = 1, count = 1;
-
-  // What they are of [from, to).
-  template <class T>
-  std::pair<T, T> of(T from, T to) const {
-    const auto at = [&](int64_t part) { return static_cast<T>(from + (to - from) * part / count); };
-    return {at(begin), at(end)};
-  }
-};
 
 // How many threads so much work is worth, counted in elements that are in a cache. Below 2^15 of them a second thread
 // costs more than it gives.
 inline int64_t threads_for(int64_t work) {
   constexpr int64_t kAThread = 1 << 14;
-  return work < 2 * kAThread ? 1 : std::clamp<int64_t>(work / kAThread, 1, at::get_num_threads());
+  return work < 2 * kAThread ? 1 : std::min<int64_t>(work / kAThread, at::get_num_threads());
 }
 
-// run(Parts), on up to `count` threads at the same time; this is one of them.
+// Calls run(Parts) until all of `count` parts are done: on as many threads at the same time, of which the calling one
+// is the first, or on fewer, which then have several parts each. Only OpenMP's threads are sure to run at the same
+// time.
 template <class F>
 void in_parts(int64_t count, const F& run) {
-  if (count == 1) return run(Parts());
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { run(Parts{begin, end, count}); });
+#if AT_PARALLEL_OPENMP
+  if (count > 1) return at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { run({begin, end, count}); });
+#endif
+  run({0, count, count});
 }
 
-// Where threads wait for each other within one in_parts(), whose parts do run at the same time: at::parallel_for()
-// gives each of OpenMP's threads one piece, and where there is no OpenMP, all to this one.
+// Where the threads of one in_parts() wait for each other, as often as they like; made with the same count. None of
+// them may leave without having come for its parts: the others would wait for ever.
 class Meeting {
  public:
   explicit Meeting(int64_t count) : count_(count), missing_(count) {}
 
-  // Returns when all parts are here. The last one runs `last()`, and the others go on when that is done.
+  // Returns when all parts have come. The last to come runs last(), which must not throw, before the others go on.
   template <class F>
   void wait(const Parts& parts, const F& last) {
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (come(parts, last)) return;
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins < kSpins) {
-        pause();
-      } else {
-        std::this_thread::yield();  // what is waited for may have no core
-      }
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+      pause();
     }
+    round_.wait(round, std::memory_order_acquire);  // asleep: another may have no core
   }
   void wait(const Parts& parts) {
     wait(parts, [] {});
   }
-  // Does not wait.
+  // For a thread that leaves.
   void come(const Parts& parts) {
     come(parts, [] {});
   }
@@ -71,6 +62,7 @@ class Meeting {
     last();
     missing_.store(count_, std::memory_order_relaxed);
     round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
     return true;
   }
   // Leaves a core to its other thread, if it has two.
@@ -80,7 +72,7 @@ class Meeting {
 #endif
   }
 
-  static constexpr int kSpins = 1000;
+  static constexpr int kSpins = 1000;  // some 10 us
   const int64_t count_;
   std::atomic<int64_t> missing_;
   std::atomic<uint32_t> round_ = 0;
