@@ -54,9 +54,11 @@ class Run:
 
     @property
     def machine(self) -> str:
-        """Device and number of cores: what makes two runs comparable."""
-        device = self.header["device"]
-        return f"{device['name']}, {device['cores']} cores"
+        """Device, a CPU's vectors and number of cores: what makes two runs comparable."""
+        device, vectors = self.header["device"], self.header.get("torch_instruction_set")
+        # Virtual machines tell no more of a processor than its maker, and what it has of AVX differs.
+        name = f"{device['name']} ({vectors})" if device["kind"] == "cpu" and vectors else device["name"]
+        return f"{name}, {device['cores']} cores"
 
     def __str__(self) -> str:
         header = self.header

@@ -159,10 +159,11 @@ def test_straight_lines() -> None:
 def test_older_runs_complete_the_newest() -> None:
     files = benchmarks("files")
 
-    def run(date: int, *shapes: str, quick: bool = False) -> Any:
+    def run(date: int, *shapes: str, quick: bool = False, vectors: str = "AVX2") -> Any:
         header = {
             "benchmark": "step",
-            "device": {"name": "a", "cores": 1},
+            "device": {"kind": "cpu", "name": "a", "cores": 1},
+            "torch_instruction_set": vectors,
             "torch": "2",
             "quick": quick,
             "date": str(date),
@@ -170,8 +171,16 @@ def test_older_runs_complete_the_newest() -> None:
         rows = [{"shapes": name, "dtype": "float32", "threads": 1, "date": date} for name in shapes]
         return files.Run(Path(f"{date}.json"), header, rows)
 
-    runs = [run(1, "a", "b", "c"), run(2, "b", "d"), run(3, "e", quick=True), run(4, "a")]
-    (found,) = files.completed(runs, "step")
+    runs = [
+        run(1, "a", "b", "c"),
+        run(2, "b", "d"),
+        run(3, "e", quick=True),
+        run(4, "a"),
+        run(5, "f", vectors="AVX512"),
+    ]
+    found, other = files.completed(runs, "step")
+    assert (found.machine, other.machine) == ("a (AVX2), 1 cores", "a (AVX512), 1 cores")
+    assert [row["shapes"] for row in other.rows] == ["f"]
     assert {row["shapes"]: row["date"] for row in found.rows} == {"a": 4, "b": 2, "d": 2, "c": 1}
     completed_by = {file: list(names) for file, names in found.header["completed_by"].items()}
     assert completed_by == {"2.json": ["b · float32", "d · float32"], "1.json": ["c · float32"]}
