@@ -87,7 +87,7 @@ bool as_bool(PyObject* value) {
 
 GroupReader::Outcome GroupReader::read(PyObject* dict) {
   if (!any_mutable_ && version_.is_of(dict)) return kSame;
-  version_ = DictVersion();
+  version_ = {};
   try {
     const Outcome outcome = parse(dict);
     version_.take(dict);

@@ -34,29 +34,39 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
-// Whether a dict is unchanged since it was last looked into. Python before 3.12 counts a dict's versions (PEP 509),
-// which saves looking a key up again; later ones do not, and there the answer is always no.
+enum class DictKind { Group, State };  // a param group, the state of a parameter
+
+// Whether a dict is unchanged since it was last looked into, which saves looking its keys up again. Python before 3.12
+// counts each dict's versions (PEP 509). Later ones tell whoever watches a dict before they change it: there all dicts
+// of a kind have one count, of changes of any of them. (A schedule of learning rates changes groups, and costs no look
+// into the state.) Where Python has no watcher left to give, the answer is always no.
+template <DictKind kKind>
 class DictVersion {
  public:
-  static constexpr bool kExists = PY_VERSION_HEX < 0x030C0000;
+#if PY_VERSION_HEX < 0x030C0000
+  bool is_of(PyObject* dict) const { return version_ != 0 && version_ == version_of(dict); }
+  void take(PyObject* dict) { version_ = version_of(dict); }
 
-  bool is_of(PyObject* dict) const {
-#if PY_VERSION_HEX < 0x030C0000
-    return version_ != 0 && reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == version_;
+ private:
+  static uint64_t version_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
 #else
-    (void)dict;
-    return false;
-#endif
-  }
+  bool is_of(PyObject*) const { return version_ == changes_; }
   void take(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000
-    version_ = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-    (void)dict;
-#endif
+    version_ = watcher() >= 0 && PyDict_Watch(watcher(), dict) == 0 ? changes_ : 0;
+    if (version_ == 0) PyErr_Clear();
   }
 
  private:
+  static int watcher() {
+    static const int id = PyDict_AddWatcher([](PyDict_WatchEvent, PyObject*, PyObject*, PyObject*) {
+      ++changes_;
+      return 0;
+    });
+    return id;
+  }
+
+  static inline uint64_t changes_ = 1;
+#endif
   uint64_t version_ = 0;
 };
 
@@ -122,7 +132,7 @@ class GroupReader {
   Group group_;
   double max_grad_norm_ = 0;
   bool skip_nonfinite_ = false;
-  DictVersion version_;
+  DictVersion<DictKind::Group> version_;
   c10::DeviceIndex lr_device_ = kNoDevice;  // of the GPU that the value stands on
   c10::DeviceIndex weight_decay_device_ = kNoDevice;
   std::array<Ref, kKeyCount> seen_;

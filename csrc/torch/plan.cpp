@@ -212,7 +212,7 @@ void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, b
   e.home = e.param_print->locate(*local_param->unsafeGetTensorImpl(), true);
   e.grad_print = prints_.get(*local_grad);
   e.state_count = static_cast<uint8_t>(keys.size());
-  e.state_version = DictVersion();
+  e.state_version = {};
   e.states = {};
   Active found(&e);
   for (int k = 0; k < e.state_count; ++k) {
@@ -266,7 +266,7 @@ void Plan::forget_state() {
   for (GroupEntry& group : groups_) {
     for (Entry& entry : group.entries) {
       entry.state.set(nullptr);
-      entry.state_version = DictVersion();
+      entry.state_version = {};
       entry.new_states.set(nullptr);
       entry.any_new = false;
       entry.state_known = false;

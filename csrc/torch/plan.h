@@ -104,7 +104,7 @@ class Plan {
   struct Entry {
     Ref param;
     Ref state;  // the parameter's own dict
-    DictVersion state_version;
+    DictVersion<DictKind::State> state_version;
     const Fingerprint *param_print = nullptr, *grad_print = nullptr;
     int64_t length = 0;  // reals
     Path path = Path::Unjudged;
@@ -188,7 +188,7 @@ class Plan {
     const at::Tensor* grad_slot = nullptr;
     void** grad_pointer = nullptr;  // in the table
     PyObject* state = nullptr;
-    DictVersion state_version;
+    DictVersion<DictKind::State> state_version;
     uint32_t first_state = 0;            // of watched_states_
     c10::DeviceIndex device_index = -1;  // of a GPU
     uint8_t state_count = 0;

@@ -154,7 +154,7 @@ void Plan::look_up_states(Entry& entry) {
     }
     if (tensor.object != nullptr && !THPVariable_Check(tensor.object)) tensor.object = nullptr;
   }
-  entry.state_version = DictVersion();
+  entry.state_version = {};
   if (inner != nullptr && !entry.any_new) entry.state_version.take(inner);
 }
 

@@ -103,12 +103,11 @@ bool Plan::may_be_steady() {
 // After may_be_steady(): whether all tensors are as they were, but for the gradients' addresses, which are put into the
 // tables. Whatever else differs is left to scan().
 //
-// The calling thread keeps the GIL, and others only read fields of Python's objects; where dicts must be looked into,
-// it does all.
+// The calling thread keeps the GIL, and others only read fields of Python's objects.
 bool Plan::is_steady() {
   const auto count = static_cast<int64_t>(watched_.size());
   std::atomic<bool> all_hold = true;
-  in_parts(DictVersion::kExists ? threads_for(kElementsALook * count) : 1, [&](const Parts& parts) {
+  in_parts(threads_for(kElementsALook * count), [&](const Parts& parts) {
     if (!are_steady(parts.of(std::size_t{0}, watched_.size()))) all_hold = false;
   });
   if (!all_hold) return false;
@@ -116,11 +115,11 @@ bool Plan::is_steady() {
   return steady_ = repeats_ = true;
 }
 
-// Whether several threads may look, and between is_steady() and commit() there is only a walk on the CPU, with the GIL.
-// Then walk_if_steady() may take the place of both.
+// Whether between is_steady() and commit() there is only a walk on the CPU, with the GIL. Then walk_if_steady() may
+// take the place of both.
 bool Plan::only_walks() const {
   const bool nothing_on_gpu = !gpu_grad_scale_.defined() && !gpu_found_inf_.defined() && !any_on_gpu();
-  return DictVersion::kExists && nothing_on_gpu && norms_needed() == cuda::Norms::None && !releases_gil();
+  return nothing_on_gpu && norms_needed() == cuda::Norms::None && !releases_gil();
 }
 
 // is_steady() and walk() by the same threads, which meet in between: starting them twice takes as long as looking at a
@@ -176,15 +175,7 @@ __attribute__((flatten)) bool Plan::are_steady(std::pair<std::size_t, std::size_
     if (grad != w.grad_slot) active_[i].grad = w.grad_slot = grad;
 
     const WatchedState* states = watched_states_.data() + w.first_state;
-    if (w.state_count != 0 && !w.state_version.is_of(w.state)) {
-      if (DictVersion::kExists) return false;
-      const Entry& entry = *active_[i].entry;
-      for (int k = 0; k < w.state_count; ++k) {
-        if (PyDict_GetItemWithError(w.state, entry.states[k].key) == states[k].object) continue;
-        PyErr_Clear();
-        return false;
-      }
-    }
+    if (w.state_count != 0 && !w.state_version.is_of(w.state)) return false;
     for (int k = 0; k < w.state_count; ++k) {
       if (!THPVariable_CheckExact(states[k].object)) return false;
       const c10::TensorImpl* now = THPVariable_Unpack(states[k].object).unsafeGetTensorImpl();
