@@ -40,7 +40,7 @@ enum class DictKind { Group, State };  // a param group, the state of a paramete
 // counts each dict's versions (PEP 509). Later ones tell whoever watches a dict before they change it: there all dicts
 // of a kind have one count, of changes of any of them. (A schedule of learning rates changes groups, and costs no look
 // into the state.) Where Python has no watcher left to give, the answer is always no. A DictVersion is of one dict for
-// as long as it lives: is_of() need not be asked of another.
+// as long as it lives, and is asked of no other.
 template <DictKind kKind>
 class DictVersion {
  public:
