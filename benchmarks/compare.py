@@ -15,7 +15,7 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .tables import make_console, make_table, show_time
 
 HELP = "ratios between two result files, with a band of noise measured from repeated runs"
 
-_KEY = ("shapes", "model", "dtype", "threads", "clock", "curve", "x", "peer")
+_KEY = ("task", "shapes", "model", "dtype", "threads", "clock", "curve", "x", "peer")
 _WITHIN = 0.95
 Key = tuple[Any, ...]
 
@@ -86,8 +86,12 @@ def times(run: Run) -> dict[Key, dict[str, float]]:
     for row in run.rows:
         quartiles = row.get("microseconds") or row.get("step_microseconds")
         if quartiles:
-            found[tuple(row.get(key) for key in _KEY)] = quartiles
+            found[_key(row)] = quartiles
     return found
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return tuple(row.get(key) for key in _KEY)
 
 
 def noise_band(before: Run, after: Run, repeats: Sequence[Run]) -> tuple[float, str]:
@@ -110,9 +114,10 @@ def noise_band(before: Run, after: Run, repeats: Sequence[Run]) -> tuple[float, 
 def compare(before: Run, after: Run, band: float, all_peers: bool) -> list[Change]:
     """The rows of both files that were timed in both."""
     theirs = times(after)
+    ours = {_key(row) for row in before.rows if row["role"] == "ours"}  # of storage modes, all
     changes = []
     for key, mine in times(before).items():
-        if key in theirs and (all_peers or key[-1] == "ours"):
+        if key in theirs and (all_peers or key in ours):
             ratio = theirs[key]["median"] / mine["median"]
             verdict = "slower" if ratio > band else "faster" if ratio < 1 / band else "within the noise"
             changes.append(Change(key, mine["median"], theirs[key]["median"], verdict))

@@ -131,7 +131,8 @@ def git_commit() -> tuple[str | None, bool | None]:
     commit = _first_line("git", "-C", str(CHECKOUT), "rev-parse", "HEAD")
     if commit is None:
         return None, None
-    status = ("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/REPORT.md")
+    made = (f":!benchmarks/{name}" for name in ("results", "plots", "REPORT.md"))
+    status = ("status", "--porcelain", "--", ".", *made)
     return commit, _first_line("git", "-C", str(CHECKOUT), *status) is not None
 
 

@@ -117,6 +117,22 @@ def test_comparison_with_a_band_from_repeated_runs(tmp_path: Path) -> None:
     assert "for want of repeated runs" in compare.noise_band(before, again, [])[1]
 
 
+def test_comparison_of_tasks_and_storage_modes() -> None:
+    """Rows that differ in their task alone, and rows of ours under the names of modes."""
+    compare, files = benchmarks("compare"), benchmarks("files")
+
+    def run(factor: float) -> Any:
+        kinds = [("full", "ours", "ours"), ("lars", "ours", "ours"), ("lars", "peer", "torch"), (None, "ours", "split")]
+        rows = [
+            {"task": task, "shapes": "a", "role": role, "peer": peer, "microseconds": {"median": time * factor}}
+            for time, (task, role, peer) in enumerate(kinds, 1)
+        ]
+        return files.Run(Path("a.json"), {}, rows)
+
+    found = {(change.key[0], change.key[-1]): change.ratio for change in compare.compare(run(1), run(2), 1.1, False)}
+    assert found == {("full", "ours"): 2, ("lars", "ours"): 2, (None, "split"): 2}
+
+
 def test_comparison_on_the_command_line(tmp_path: Path) -> None:
     files = [changed(tmp_path, f"{index}.json", 1 + index / 10) for index in range(3)]
     done = command("compare", files[0], files[1], "--repeats", files[2])
