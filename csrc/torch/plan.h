@@ -249,7 +249,6 @@ class Plan {
   int64_t walk_work() const;
   void walk_on_cpu();
   void walk_in_batches();
-  static void walk_backwards(const Table& table, uint32_t begin, uint32_t end);
   void walk_parts(const Table& table, const Parts& parts) const;
 
   bool watches(PyObject* state) const;

@@ -24,6 +24,17 @@ constexpr int64_t kReleaseElements = 1 << 20;
 // cache.
 constexpr int64_t kBatchElements = 1 << 18;
 
+// Chunks [begin, end) in pieces, the last first: that is where norms ended, and what they have read last may still be
+// in cache.
+void walk_backwards(const Table& table, uint32_t begin, uint32_t end) {
+  constexpr uint32_t kPiece = 64;
+  while (begin < end) {
+    const uint32_t from = end - std::min(kPiece, end - begin);
+    cpu::instruction_set().walk(table, from, end);
+    end = from;
+  }
+}
+
 }  // namespace
 
 // Everything about the GPUs that can fail, before the first write.
@@ -64,17 +75,6 @@ bool Plan::releases_gil() const { return targets_[0].packer.elements() >= kRelea
 int64_t Plan::walk_work() const {
   const TablePacker& packer = targets_[0].packer;
   return packer.elements() + kElementsARow * packer.row_count();
-}
-
-// Chunks [begin, end) in pieces, the last first: that is where norms ended, and what they have read last may still be
-// in cache.
-void Plan::walk_backwards(const Table& table, uint32_t begin, uint32_t end) {
-  constexpr uint32_t kPiece = 64;
-  while (begin < end) {
-    const uint32_t from = end - std::min(kPiece, end - begin);
-    cpu::instruction_set().walk(table, from, end);
-    end = from;
-  }
 }
 
 // Parts of the CPU's table and, in a step that repeats the last one, of what is counted for autograd.

@@ -72,7 +72,7 @@ class Meeting {
 #endif
   }
 
-  static constexpr int kSpins = 1000;  // some 10 us
+  static constexpr int kSpins = 1000;  // what is waited for is mostly near
   const int64_t count_;
   std::atomic<int64_t> missing_;
   std::atomic<uint32_t> round_ = 0;
