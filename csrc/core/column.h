@@ -7,6 +7,34 @@
 
 namespace fused_sgd {
 
+// What a pack is made of in a GPU's registers: its elements of 8 or 16 bits by words of four or two, the first one
+// lowest. Taken out one by one they would have a register each, from the load on.
+static_assert(std::endian::native == std::endian::little);
+template <class Element>
+FSGD_INLINE uint32_t get_word(const Element* elements) {
+  uint32_t word;
+  __builtin_memcpy(&word, elements, sizeof(word));
+  return word;
+}
+// The upper halves of two words, the first one's lower.
+FSGD_INLINE uint32_t upper_halves(uint32_t first, uint32_t second) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(first, second, 0x7632);
+#else
+  return first >> 16 | (second & 0xFFFF0000u);
+#endif
+}
+template <class Element>
+FSGD_INLINE void set_word(Element* elements, uint32_t word) {
+  __builtin_memcpy(elements, &word, sizeof(word));
+}
+
+template <int kBytes>
+struct alignas(kBytes < 16 ? kBytes : 16) Words {
+  static_assert(kBytes % 4 == 0);
+  uint32_t word[kBytes / 4];
+};
+
 template <class Element>
 struct Column {
   Element* data;
@@ -14,7 +42,6 @@ struct Column {
   FSGD_INLINE explicit Column(void* column) : data(static_cast<Element*>(column)) {}
 
   // Two elements of 16 bits, the first one in the lower half.
-  static_assert(std::endian::native == std::endian::little);
   typedef uint32_t Word __attribute__((aligned(2), may_alias));
   FSGD_INLINE Word& word(int64_t i) const {
     static_assert(sizeof(Element) == 2);
@@ -45,7 +72,11 @@ struct Column {
   FSGD_INLINE Packed<n> load_pack(int64_t i, bool wide) const {
     Packed<n> pack;
 #if defined(__CUDA_ARCH__)
-    if (wide) return *reinterpret_cast<const Packed<n>*>(data + i);
+    if (wide) {
+      const auto words = *reinterpret_cast<const Words<sizeof(pack)>*>(data + i);
+      __builtin_memcpy(&pack, &words, sizeof(pack));
+      return pack;
+    }
     FSGD_UNROLL
     for (int k = 0; k < n; ++k) pack.element[k] = data[i + k];
 #else
@@ -58,7 +89,9 @@ struct Column {
   FSGD_INLINE void store_pack(int64_t i, bool wide, const Packed<n>& pack) const {
 #if defined(__CUDA_ARCH__)
     if (wide) {
-      *reinterpret_cast<Packed<n>*>(data + i) = pack;
+      Words<sizeof(pack)> words;
+      __builtin_memcpy(&words, &pack, sizeof(pack));
+      *reinterpret_cast<Words<sizeof(pack)>*>(data + i) = words;
     } else {
       FSGD_UNROLL
       for (int k = 0; k < n; ++k) data[i + k] = pack.element[k];

@@ -23,7 +23,7 @@
 //   reduce(Reduction&, x)   folds one new value in
 //   merge(Reduction&, r)    folds another reduction in; in any order
 //   store(i, x, reduction)  element i, once its whole block was reduced
-//   store_pack(i, wide, x, reduction)  n elements of one block
+//   store_pack(i, wide, x, reduction)  n elements of one block, and if they are its first what is stored once a block
 //   finish(block, reduction)  what is stored once a block (its scale)
 //   load_block(block, x[kBlock]), store_block(block, x[kBlock])   all of that, for a CPU; and, for loops over two
 //                           neighbours in one word, the same with (block, even[kBlock / 2], odd[kBlock / 2])
@@ -37,7 +37,8 @@
 //   Draw, draw(i, n, draws), store(i, x, draw)  random bits, which are drawn for n elements from i on, multiples of
 //                           kBatch, within 512 elements from a multiple of 512, with much less work than one by one:
 //                           draws[k] is what store(i + k, x) would draw. Its store_pair is store_pair(i, x[2], draws),
-//                           both draws in one word
+//                           both draws in one word, and its store_pack is store_pack(i, wide, x, draws)
+//   random()                where they come from, read now: random().draws<n>(i) is what store_pack needs
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //
 // For a CPU any format may have
@@ -130,6 +131,15 @@ template <auto kDecode, class Element, class Acc, int n>
 FSGD_INLINE void decode(const Element (&stored)[n], Acc (&x)[n]) {
   if constexpr (kConvertsEight<kDecode> && n % 8 == 0) {
     for (int k = 0; k < n; k += 8) convert_eight(stored + k, x + k);
+#if defined(__CUDA_ARCH__)
+  } else if constexpr (sizeof(Element) == 2 && n % 2 == 0) {
+    FSGD_UNROLL
+    for (int k = 0; k < n; k += 2) {
+      const uint32_t word = get_word(stored + k);
+      x[k] = kDecode(static_cast<Element>(word));
+      x[k + 1] = kDecode(static_cast<Element>(word >> 16));
+    }
+#endif
   } else {
     FSGD_UNROLL
     for (int k = 0; k < n; ++k) x[k] = kDecode(stored[k]);
@@ -153,8 +163,7 @@ FSGD_INLINE void encode_two(float first, float second, uint16_t* stored) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(second), "f"(first));
     halves &= ~(mask_of_nans(halves) & 0x01FF01FFu);  // 0x7E00
   }
-  stored[0] = static_cast<uint16_t>(halves);
-  stored[1] = static_cast<uint16_t>(halves >> 16);
+  set_word(stored, halves);
 }
 template <auto kEncode>
 inline constexpr bool kEncodesTwo = kSame<kEncode, float_to_bfloat16> || kSame<kEncode, float_to_float16>;

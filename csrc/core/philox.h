@@ -30,13 +30,23 @@ struct PhiloxConstants {
   static constexpr int kRounds = 7;
 };
 
+FSGD_INLINE uint64_t multiply_words(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // of 64-bit numbers compilers would add up parts that are zero
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 FSGD_INLINE PhiloxWords philox(PhiloxWords counter, PhiloxKey key) {
   using C = PhiloxConstants;
   uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
   uint32_t k0 = key.word[0], k1 = key.word[1];
   FSGD_UNROLL
   for (int round = 0; round < C::kRounds; ++round) {
-    const uint64_t product0 = uint64_t{C::kMultiplier0} * c0, product1 = uint64_t{C::kMultiplier1} * c2;
+    const uint64_t product0 = multiply_words(C::kMultiplier0, c0), product1 = multiply_words(C::kMultiplier1, c2);
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(product1);
     c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;

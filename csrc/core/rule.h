@@ -112,6 +112,14 @@ struct Uniform {
 };
 #endif
 
+// Of those whose inverses are normal numbers, too. Scales of gradients are.
+FSGD_INLINE bool is_power_of_two(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return (bits & 0x7FFFFFu) == 0 && bits >= 1u << 23 && bits <= 253u << 23;
+}
+
+FSGD_INLINE float inverse_of_power(float x) { return bit_cast<float>((254u << 23) - bit_cast<uint32_t>(x)); }
+
 // The same for all elements of a tensor, cast ONCE to the accumulation type T (float for fp32, bf16 and fp16; double
 // for fp64). Whether a term exists is decided in double, before the cast, as torch does: a weight decay of 1e-60 is
 // there, and is zero in float. A factor of 1 changes no bit, so what is multiplied needs no flag.
@@ -122,6 +130,7 @@ struct Hyperparameters {
   T one_minus_dampening;
   T weight_decay;
   T grad_scale;
+  T grad_inverse;  // of grad_scale, if that is a power of two and the inverse exact; else 1
   T grad_factor;   // 1 or, to maximize, -1; times the clip coefficient
   T decay_factor;  // 1 - lr * weight decay where that is decoupled
   T trust_ratio;
@@ -129,6 +138,7 @@ struct Hyperparameters {
   Uniform<T> has_momentum;
   Uniform<T> has_weight_decay;
   Uniform<T> has_grad_scale;
+  Uniform<T> has_grad_inverse;  // or no scale
   Uniform<T> nesterov;
   Uniform<T> has_ema;
   Uniform<T> ema_from_parameter;
@@ -145,6 +155,7 @@ struct Hyperparameters {
         one_minus_dampening(static_cast<T>(1 - group.dampening)),
         weight_decay(static_cast<T>(decay)),
         grad_scale(scalars.grad_scale != nullptr ? static_cast<T>(*scalars.grad_scale) : T(1)),
+        grad_inverse(1),
         grad_factor(1),
         decay_factor(1),
         trust_ratio(1),
@@ -152,9 +163,11 @@ struct Hyperparameters {
         has_momentum(group.momentum != 0),
         has_weight_decay(decay != 0 && group.decoupled_weight_decay == 0),
         has_grad_scale(scalars.grad_scale != nullptr),
-        nesterov(group.nesterov != 0),
+        has_grad_inverse(scalars.grad_scale == nullptr || is_power_of_two(*scalars.grad_scale)),
+        nesterov(group.nesterov != 0 && group.momentum != 0),
         has_ema(group.has_ema != 0),
         ema_from_parameter(ema_weight >= T(0.5)) {
+    if (has_grad_inverse) grad_inverse = static_cast<T>(inverse_of_power(static_cast<float>(grad_scale)));
     const double clip = clip_coefficient(scalars);
     grad_factor = static_cast<T>(group.maximize != 0 ? -clip : clip);
     if (group.decoupled_weight_decay != 0) decay_factor = static_cast<T>(1 - multiply(lr, decay));
@@ -196,12 +209,16 @@ FSGD_INLINE double unset_value(double) { return bit_cast<double>(uint64_t{0x7FFD
 FSGD_INLINE bool is_unset(float x) { return bit_cast<uint32_t>(x) == 0x7FEE0000u; }
 FSGD_INLINE bool is_unset(double x) { return bit_cast<uint64_t>(x) == 0x7FFDC00000000000u; }
 
-// yes ? a : b. In float by bits, so that compilers see a select and no branch: two of them in one loop they would
-// unroll into four ways through it.
+// yes ? a : b. In float by bits, so that a CPU's compilers see a select and no branch: two of them in one loop they
+// would unroll into four ways through it.
+#if defined(__CUDA_ARCH__)
+FSGD_INLINE float choose(bool yes, float a, float b) { return yes ? a : b; }
+#else
 FSGD_INLINE float choose(bool yes, float a, float b) {
   const uint32_t mask = yes ? ~0u : 0u;
   return bit_cast<float>((bit_cast<uint32_t>(a) & mask) | (bit_cast<uint32_t>(b) & ~mask));
 }
+#endif
 FSGD_INLINE double choose(bool yes, double a, double b) { return yes ? a : b; }
 
 // yes ? a : b, where yes is the same for a whole tensor. Of the plain form GPUs branch around a, and CPUs' compilers
@@ -223,6 +240,22 @@ FSGD_INLINE void update(const Hyperparameters<T>& h, T grad, T& p, T& b) {
     b = kIsSet ? accumulated : choose(is_unset(b), d, accumulated);
     d = FSGD_EITHER(h.nesterov, fma(b, h.momentum, d), b);
   }
+  p = fma(d, h.neg_lr, p);
+}
+
+// The same for elements that a GPU's thread computes one after the other: with as few branches as can be, since what
+// comes behind one waits for it. Without momentum b is written, too, and means nothing.
+// kDivides: by a scale of gradients, rather than to multiply by its inverse, which is exact.
+template <bool kDivides, class T>
+FSGD_INLINE void update_straight(const Hyperparameters<T>& h, T grad, T& p, T& b) {
+  const T g = kDivides ? divide(grad, h.grad_scale) : multiply(grad, h.grad_inverse);
+  T d = multiply(g, h.grad_factor);
+  d = h.has_weight_decay ? fma(p, h.weight_decay, d) : d;
+  p = multiply(p, h.decay_factor);
+  d = multiply(d, h.trust_ratio);
+  const T accumulated = fma(d, h.one_minus_dampening, multiply(b, h.momentum));
+  b = !h.has_momentum || is_unset(b) ? d : accumulated;
+  d = h.nesterov ? fma(b, h.momentum, d) : b;
   p = fma(d, h.neg_lr, p);
 }
 

@@ -82,8 +82,8 @@ struct SplitBFloat16 {
     x[1] = join_words(high & 0xFFFF0000u, extended(low));
   }
   FSGD_INLINE void store_pair(int64_t i, const float (&x)[2]) const {
-    parameter.word(i) = rounded(x[0]) >> 16 | (rounded(x[1]) & 0xFFFF0000u);
-    remainder.word(i) = (bit_cast<uint32_t>(x[0]) & 0xFFFFu) | bit_cast<uint32_t>(x[1]) << 16;
+    parameter.word(i) = high_word(x[0], x[1]);
+    remainder.word(i) = low_word(x[0], x[1]);
   }
 
   template <int n>
@@ -105,16 +105,19 @@ struct SplitBFloat16 {
   template <int n>
   FSGD_INLINE static void unpack(const Packed<n>& pack, float (&x)[n]) {
     FSGD_UNROLL
-    for (int k = 0; k < n; ++k) x[k] = join_split({pack.high.element[k], pack.low.element[k]});
+    for (int k = 0; k < n; k += 2) {
+      const uint32_t high = get_word(pack.high.element + k), low = get_word(pack.low.element + k);
+      x[k] = join_words(high << 16, extended(low << 16));
+      x[k + 1] = join_words(high & 0xFFFF0000u, extended(low));
+    }
   }
   template <int n>
   FSGD_INLINE void store_pack(int64_t i, bool wide, const float (&x)[n]) const {
     Packed<n> pack;
     FSGD_UNROLL
-    for (int k = 0; k < n; ++k) {
-      const Split split = round_split(x[k]);
-      pack.high.element[k] = split.high;
-      pack.low.element[k] = split.low;
+    for (int k = 0; k < n; k += 2) {
+      set_word(pack.high.element + k, high_word(x[k], x[k + 1]));
+      set_word(pack.low.element + k, low_word(x[k], x[k + 1]));
     }
     parameter.store_pack(i, wide, pack.high);
     remainder.store_pack(i, wide, pack.low);
@@ -123,6 +126,13 @@ struct SplitBFloat16 {
  private:
   // The remainder with its sign, from the upper half of a word.
   FSGD_INLINE static uint32_t extended(uint32_t low) { return static_cast<uint32_t>(static_cast<int32_t>(low) >> 16); }
+  // Of two neighbours, the high and the low parts.
+  FSGD_INLINE static uint32_t high_word(float first, float second) {
+    return upper_halves(rounded(first), rounded(second));
+  }
+  FSGD_INLINE static uint32_t low_word(float first, float second) {
+    return (bit_cast<uint32_t>(first) & 0xFFFFu) | bit_cast<uint32_t>(second) << 16;
+  }
   // round_split()'s high part, in the upper half of a word.
   FSGD_INLINE static uint32_t rounded(float x) {
     const uint32_t bits = bit_cast<uint32_t>(x);

@@ -63,6 +63,7 @@ class RandomBits {
   };
   template <int n>
   FSGD_INLINE Draws<n> draws(int64_t i) const {
+    static_assert(n % kPerCall == 0);
     Draws<n> draws;
     draw(i, n, draws.draw);
     return draws;
@@ -126,20 +127,21 @@ struct Stochastic {
   static constexpr bool kConvertsMany = kConvertsEight<kDecode>;
 
   Column<uint16_t> parameter;
-  RandomBits<Draw> random;
+  const StochasticRecord* record;
 
   FSGD_INLINE explicit Stochastic(void* const* columns)
-      : parameter(columns[0]), random(*static_cast<const StochasticRecord*>(columns[1])) {}
+      : parameter(columns[0]), record(static_cast<const StochasticRecord*>(columns[1])) {}
+  FSGD_INLINE RandomBits<Draw> random() const { return RandomBits<Draw>(*record); }
   FSGD_INLINE static void count_step(void* const* columns) { ++static_cast<StochasticRecord*>(columns[1])->step; }
   FSGD_INLINE float load(int64_t i) const { return kDecode(parameter.data[i]); }
-  FSGD_INLINE float store(int64_t i, float x) const { return store(i, x, random.draw(i)); }
+  FSGD_INLINE float store(int64_t i, float x) const { return store(i, x, random().draw(i)); }
   FSGD_INLINE float store(int64_t i, float x, Draw draw) const {
     const uint16_t stored = kRound(x, draw);
     parameter.data[i] = stored;
     return kDecode(stored);
   }
 
-  FSGD_INLINE void draw(int64_t i, int n, Draw* draws) const { random.draw(i, n, draws); }
+  FSGD_INLINE void draw(int64_t i, int n, Draw* draws) const { random().draw(i, n, draws); }
 
   template <int n>
   FSGD_INLINE void prefetch(int64_t i) const {
@@ -158,9 +160,9 @@ struct Stochastic {
     decode<kDecode>(pack.element, x);
   }
   template <int n>
-  FSGD_INLINE void store_pack(int64_t i, bool wide, float (&x)[n]) const {
-    static_assert(n % RandomBits<Draw>::kPerCall == 0);
-    const auto draws = random.template draws<n>(i);
+  using Draws = typename RandomBits<Draw>::template Draws<n>;
+  template <int n>
+  FSGD_INLINE void store_pack(int64_t i, bool wide, float (&x)[n], const Draws<n>& draws) const {
     Packed<n> pack;
     FSGD_UNROLL
     for (int k = 0; k < n; ++k) {
@@ -184,6 +186,31 @@ struct StochasticBFloat16 : Stochastic<uint16_t, bfloat16_to_float, round_stocha
     store_pair(i, rounded(x[0], draws & 0xFFFFu), rounded(x[1], draws >> 16), x);
   }
 
+  // What is beyond the largest finite value is rare: it and its draw become what the rest rounds right.
+  template <int n>
+  FSGD_INLINE void store_pack(int64_t i, bool wide, float (&x)[n], Draws<n> draws) const {
+    bool below = true;
+    FSGD_UNROLL
+    for (int k = 0; k < n; ++k) below &= is_below(x[k]);
+    if (!below) {
+      FSGD_UNROLL
+      for (int k = 0; k < n; ++k) {
+        if (!is_below(x[k])) draws.draw[k] = 0x8000u;
+        if (x[k] != x[k]) x[k] = bit_cast<float>(0x7FC00000u);
+      }
+    }
+    Packed<n> pack;
+    FSGD_UNROLL
+    for (int k = 0; k < n; k += 2) {
+      const uint32_t two = get_word(draws.draw + k);
+      const uint32_t first = bit_cast<uint32_t>(x[k]) + (two & 0xFFFFu);
+      const uint32_t second = bit_cast<uint32_t>(x[k + 1]) + (two >> 16);
+      set_word(pack.element + k, upper_halves(first, second));
+    }
+    unpack(pack, x);
+    parameter.store_pack(i, wide, pack);
+  }
+
   FSGD_INLINE const uint16_t* numbers(int64_t i) const { return parameter.data + i; }
   struct StoresFinite {
     const StochasticBFloat16& format;
@@ -198,6 +225,9 @@ struct StochasticBFloat16 : Stochastic<uint16_t, bfloat16_to_float, round_stocha
   };
 
  private:
+  FSGD_INLINE static bool is_below(float x) {  // and no NaN
+    return __builtin_fabsf(x) <= bit_cast<float>(0x7F7F0000u);
+  }
   // round_stochastically_bfloat16() in the upper half. Beyond the largest finite value one half is added, which rounds
   // to nearest: a tie goes to infinity, whose bits are even.
   FSGD_INLINE static uint32_t rounded(float x, uint32_t draw) {

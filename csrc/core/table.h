@@ -19,8 +19,9 @@
 
 namespace fused_sgd {
 
-inline constexpr int64_t kChunk = kTile;  // elements
-inline constexpr int kMaxColumns = 6;     // parameter 2, gradient 1, momentum buffer 2, average 1
+inline constexpr int64_t kChunk = kTile;    // elements
+inline constexpr uint32_t kMaxGuide = 128;  // entries
+inline constexpr int kMaxColumns = 6;       // parameter 2, gradient 1, momentum buffer 2, average 1
 
 // The head of a row; its column pointers follow it in memory: parameter, gradient, momentum buffer, each as many as its
 // format has, and the parameter's average. Those that a row has not, it leaves unset.
@@ -42,6 +43,10 @@ struct Table {
   const std::byte* rows = nullptr;
   const Group* groups = nullptr;
   Scalars scalars;
+  const uint32_t* guide =
+      nullptr;  // where there is one: the rows of the chunks 0, 1 << guide_shift, 2 << guide_shift …
+  uint32_t guide_count = 0;
+  uint32_t guide_shift = 0;
   uint32_t row_count = 0;
   uint32_t row_bytes = sizeof(Row) + kMaxColumns * sizeof(void*);
 
@@ -56,6 +61,11 @@ struct Table {
   // The row that holds `chunk`, which must be below chunk_count().
   FSGD_INLINE uint32_t find_row(uint32_t chunk) const {
     uint32_t low = 0, high = row_count - 1;
+    if (guide != nullptr) {
+      const uint32_t i = chunk >> guide_shift;
+      low = guide[i];
+      if (i + 1 < guide_count) high = guide[i + 1];
+    }
     while (low < high) {
       const uint32_t middle = (low + high) / 2;
       if (row(middle).chunk_end > chunk) {
@@ -103,6 +113,7 @@ class TablePacker {
     chunks_ = 0;
     elements_ = 0;
     lines_ = Lines::None;
+    guided_rows_ = 0;
     restart_groups();
   }
 
@@ -147,10 +158,33 @@ class TablePacker {
   int64_t elements() const { return elements_; }
 
   Table table(const Scalars& scalars = {}) const {
-    return Table{bytes_.data(), groups_.data(), scalars, row_count_, row_bytes_};
+    Table table;
+    table.rows = bytes_.data();
+    table.groups = groups_.data();
+    table.scalars = scalars;
+    table.row_count = row_count_;
+    table.row_bytes = row_bytes_;
+    return table;
   }
   std::span<const std::byte> rows() const { return {bytes_.data(), used_bytes_}; }
   std::span<const Group> groups() const { return groups_; }
+
+  // Table::guide, which spares each of a GPU's blocks most of its search: rows are few where one is, and far apart.
+  std::span<const uint32_t> guide() const {
+    if (guided_rows_ != row_count_) {
+      const Table table = this->table();
+      guide_shift_ = 0;
+      while (((table.chunk_count() - 1) >> guide_shift_) >= kMaxGuide) ++guide_shift_;
+      guide_.clear();
+      for (uint32_t chunk = 0, row = 0; chunk < table.chunk_count(); chunk += 1u << guide_shift_) {
+        while (table.row(row).chunk_end <= chunk) ++row;
+        guide_.push_back(row);
+      }
+      guided_rows_ = row_count_;
+    }
+    return guide_;
+  }
+  uint32_t guide_shift() const { return guide_shift_; }  // of what guide() returned
 
   // Whether some group has an average.
   bool has_ema() const { return has_ema_; }
@@ -168,6 +202,9 @@ class TablePacker {
  private:
   std::vector<std::byte> bytes_;
   std::vector<Group> groups_;
+  mutable std::vector<uint32_t> guide_;
+  mutable uint32_t guide_shift_ = 0;
+  mutable uint32_t guided_rows_ = 0;  // as many rows as there were when the guide was made
   uint32_t row_bytes_ = 0;
   uint32_t row_count_ = 0;
   std::size_t used_bytes_ = 0;

@@ -13,10 +13,18 @@ inline constexpr std::size_t kMaxArgumentBytes = 32764;  // of a launch, since C
 inline std::size_t packed_bytes(const TablePacker& packer) {
   return packer.groups().size_bytes() + packer.rows().size_bytes();
 }
+// The same and the guide, which arguments have, too.
+inline std::size_t argument_bytes(const TablePacker& packer) {
+  return packed_bytes(packer) + packer.guide().size_bytes();
+}
 inline void pack(const TablePacker& packer, std::byte* destination) {
   const auto groups = packer.groups();
   std::memcpy(destination, groups.data(), groups.size_bytes());
   std::memcpy(destination + groups.size_bytes(), packer.rows().data(), packer.rows().size_bytes());
+}
+inline void pack_arguments(const TablePacker& packer, std::byte* destination) {
+  pack(packer, destination);
+  std::memcpy(destination + packed_bytes(packer), packer.guide().data(), packer.guide().size_bytes());
 }
 
 // Where the first pass of a step leaves its sums; see squares.h. All of it is the device's.
@@ -40,6 +48,8 @@ struct Head {
   uint32_t groups_bytes;
   uint32_t row_count;
   uint32_t row_bytes;
+  uint32_t guide_count;
+  uint32_t guide_shift;
   uint32_t reversed;  // chunks are walked from the last to the first
 };
 
@@ -58,6 +68,11 @@ struct Arguments {
     if (head.has_grad_scale != 0) table.scalars.grad_scale = &head.grad_scale;
     table.row_count = head.row_count;
     table.row_bytes = head.row_bytes;
+    if constexpr (kCapacity > 0) {
+      table.guide = reinterpret_cast<const uint32_t*>(table.rows + std::size_t{head.row_count} * head.row_bytes);
+      table.guide_count = head.guide_count;
+      table.guide_shift = head.guide_shift;
+    }
     return table;
   }
 };
@@ -80,6 +95,8 @@ inline Head make_head(const TablePacker& packer, const Scalars& scalars, const f
   head.groups_bytes = static_cast<uint32_t>(packer.groups().size_bytes());
   head.row_count = table.row_count;
   head.row_bytes = table.row_bytes;
+  head.guide_count = static_cast<uint32_t>(packer.guide().size());
+  head.guide_shift = packer.guide_shift();
   head.reversed = scalars.totals != nullptr;  // a first pass read the last ones last: they may still be in the cache
   return head;
 }

@@ -17,7 +17,7 @@ inline constexpr int kStochastic = 4, kSplitPair = 4;
 #endif
 // clang-format off
 #define FSGD_OWN_KERNELS(X)                              \
-  X(Float32,            Float32,  Float32,  3)           \
+  X(Float32,            Float32,  Float32,  4)           \
   X(Float32,            Float32,  BFloat16, 3)           \
   X(Float32,            Float32,  Int8,     4)           \
   X(BFloat16,           BFloat16, BFloat16, 4)           \
@@ -29,7 +29,7 @@ inline constexpr int kStochastic = 4, kSplitPair = 4;
   X(SplitBFloat16,      BFloat16, Int8,     4)           \
   X(MasterBFloat16,     BFloat16, Float32,  4)           \
   X(StochasticBFloat16, BFloat16, BFloat16, kStochastic) \
-  X(StochasticBFloat16, BFloat16, Float32,  3)           \
+  X(StochasticBFloat16, BFloat16, Float32,  kStochastic)          \
   X(StochasticBFloat16, BFloat16, Int8,     kStochastic)
 // clang-format on
 
@@ -38,11 +38,11 @@ inline constexpr int kStochastic = 4, kSplitPair = 4;
 // tables have these kernels.
 // clang-format off
 #define FSGD_PAIR_KERNELS(X)                                                                    \
-  X(Float32_Float32_Int8,             Float32_Float32_Float32,              3)                  \
-  X(BFloat16_BFloat16_Int8,           BFloat16_BFloat16_BFloat16,           3)                  \
-  X(SplitBFloat16_BFloat16_Int8,      SplitBFloat16_BFloat16_Float32,       kSplitPair)         \
-  X(StochasticBFloat16_BFloat16_Int8, StochasticBFloat16_BFloat16_BFloat16, kStochastic)        \
-  X(BFloat16_BFloat16_BFloat16,       Float32_Float32_Float32,              3)                  \
+  X(Float32_Float32_Int8,             Float32_Float32_Float32,              4)                  \
+  X(BFloat16_BFloat16_Int8,           BFloat16_BFloat16_BFloat16,           4)                  \
+  X(SplitBFloat16_BFloat16_Int8,      SplitBFloat16_BFloat16_Float32,       4)         \
+  X(StochasticBFloat16_BFloat16_Int8, StochasticBFloat16_BFloat16_BFloat16, 4)        \
+  X(BFloat16_BFloat16_BFloat16,       Float32_Float32_Float32,              4)                  \
   X(SplitBFloat16_BFloat16_Float32,   Float32_Float32_Float32,              3)
 // clang-format on
 #define FSGD_PAIR(A, B) (line_bit(Line_##A) | line_bit(Line_##B))
@@ -71,17 +71,24 @@ constexpr int blocks_at_once(Lines lines, bool ema, bool table_in_memory) {
   }
 }
 
-// Whether all other blocks are done, for every thread of a block that asks. What they wrote, and read, came before.
-__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
-  __shared__ bool is_last;
+// After a block's walk, where steps are counted: the last block counts them, when all others have read the counts.
+//
+// The others add to the ticket and are gone; to wait until their own writes are seen, or for the ticket's answer, would
+// take a fifth of their time. There is no need: who stored something had its count before. The last block waits, in one
+// of two or more places of a multiprocessor, for blocks that have begun before it or find other places.
+__device__ __forceinline__ void count_steps_block(const Table& table) {
   __syncthreads();
+  uint32_t* ticket = table.scalars.ticket;
+  if (blockIdx.x != gridDim.x - 1) {
+    if (threadIdx.x == 0) atomicAdd(ticket, 1u);
+    return;
+  }
   if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    __threadfence();
+    while (*static_cast<volatile uint32_t*>(ticket) != gridDim.x - 1) __nanosleep(100);
+    *ticket = 0;
   }
   __syncthreads();
-  return is_last;
+  count_steps_thread(table, threadIdx.x);
 }
 
 // (A kernel's lines are a number, since nvcc does not write the enumeration's name as it should.)
@@ -90,12 +97,10 @@ __global__ __launch_bounds__(kThreads, blocks_at_once(Lines{kBits}, kEma, kCapac
     const __grid_constant__ Arguments<kCapacity> arguments) {
   constexpr Lines kLines{kBits};
   const Table table = arguments.table();
-  walk_thread<kLines, kEma>(table, arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x, threadIdx.x);
+  const uint32_t block = arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  walk_thread<kLines, kEma, kCapacity == 0>(table, block, threadIdx.x);
   if constexpr ((kLines & kCountingLines) != Lines::None) {
-    if (table.scalars.ticket != nullptr && is_last_block(table.scalars.ticket)) {
-      count_steps_thread(table, threadIdx.x);
-      if (threadIdx.x == 0) *table.scalars.ticket = 0;
-    }
+    if (table.scalars.ticket != nullptr) count_steps_block(table);
   }
 }
 
@@ -112,7 +117,7 @@ template <uint64_t kBits, std::size_t kCapacity>
 __global__ __launch_bounds__(kMeasureThreads, is_common(Lines{kBits}) ? 5 : 4) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
-  measure_block<Lines{kBits}>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
+  measure_block<Lines{kBits}, kCapacity == 0>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
 }
 
 // How a table travels (arguments.h), by its size.
@@ -124,7 +129,7 @@ struct Kernel {
 // The kernel that a table gets.
 Kernel kernel_for(const TablePacker& packer, bool measures) {
   const Lines lines = packer.lines();
-  const std::size_t bytes = packed_bytes(packer);
+  const std::size_t bytes = argument_bytes(packer);
   const std::size_t capacity = bytes <= kSmallCapacity ? kSmallCapacity : bytes <= kLargeCapacity ? kLargeCapacity : 0;
   // Where a kernel is not worth compiling for both, small tables take the large arguments.
   const std::size_t large = bytes <= kLargeCapacity ? kLargeCapacity : 0;

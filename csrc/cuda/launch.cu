@@ -151,7 +151,7 @@ void Launcher::prepare(const TablePacker& packer, Stream stream, Norms norms) {
   const std::size_t bytes = packed_bytes(packer);
   if (norms != Norms::None || packer.counts_steps()) make_room(packer, norms);
   captured_->prepared = nullptr;
-  if (bytes <= kLargeCapacity) return;
+  if (argument_bytes(packer) <= kLargeCapacity) return;
   if (is_capturing(stream)) {
     for (const auto& table : captured_->tables) {
       if (table->holds(packer)) captured_->prepared = table.get();
@@ -228,7 +228,7 @@ void Launcher::run(bool measures, const TablePacker& packer, const Scalars& scal
   };
   const auto with_table_in_arguments = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
     arguments.head = make_head(packer, scalars, grad_scale, sums_, nullptr);
-    pack(packer, arguments.bytes);
+    pack_arguments(packer, arguments.bytes);
     go(arguments);
   };
   if (kernel.capacity == kSmallCapacity) {

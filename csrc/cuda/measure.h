@@ -23,6 +23,7 @@ using Warp = Neighbours<kWarp>;
 struct BlockMemory {
   double lanes[kLanes];
   double sum;
+  uint32_t first_row;              // of the block's first chunk
   uint32_t ended[kMeasureChunks];  // rows that this block ended
   uint32_t ended_count;
   bool ended_all;
@@ -223,19 +224,21 @@ FSGD_INLINE double sum_param_chunk(const Row& row, int line, int64_t begin, uint
   return 0;
 }
 
-// One chunk, by a warp.
-template <Lines kLines>
-FSGD_INLINE void measure_chunk(const Table& table, const Sums& sums, uint32_t chunk, uint32_t thread) {
-  const uint32_t i = table.find_row(chunk);
+// One chunk, by a warp. Returns its row.
+template <Lines kLines, bool kFar>
+FSGD_INLINE uint32_t measure_chunk(const Table& table, const Sums& sums, uint32_t chunk, uint32_t thread) {
+  const uint32_t i = find_row<kFar>(table, chunk);
   const Row& row = table.row(i);
   constexpr int kOnly = only_line(kLines);
   const int line = kOnly < 0 ? static_cast<int>(row.combination()) : kOnly;
   const int64_t begin = (chunk - table.chunk_begin(i)) * kChunk;
   const double grad_sum = sum_grad_chunk<kLines>(table, sums, row, line, begin, thread);
   if (thread % kWarp == 0) sums.grad_squares[chunk] = grad_sum;
-  if (sums.param_squares == nullptr) return;
-  const double param_sum = sum_param_chunk<kLines>(row, line, begin, thread);
-  if (thread % kWarp == 0) sums.param_squares[chunk] = param_sum;
+  if (sums.param_squares != nullptr) {
+    const double param_sum = sum_param_chunk<kLines>(row, line, begin, thread);
+    if (thread % kWarp == 0) sums.param_squares[chunk] = param_sum;
+  }
+  return i;
 }
 
 // Adds to a counter that is 0 before and after. Whether that makes it complete.
@@ -312,22 +315,24 @@ FSGD_INLINE void add_up_ended(const Table& table, const Sums& sums, BlockMemory&
   }
 }
 
-// One block. kLines as for walk_thread(). A chunk's sums are written by one thread; behind a fence its row's
+// One block. kLines and kFar as for walk_thread(). A chunk's sums are written by one thread; behind a fence its row's
 // counter is raised, and the block that completes it reads them. So it is with rows, their sums, and the counter of
 // rows.
-template <Lines kLines, class Each>
+template <Lines kLines, bool kFar, class Each>
 FSGD_INLINE void measure_block(const Table& table, const Sums& sums, uint32_t block, BlockMemory& memory, Each each) {
   const uint32_t begin = block * kMeasureChunks, count = table.chunk_count();
   const uint32_t end = count - begin < kMeasureChunks ? count : begin + kMeasureChunks;
   each([&](uint32_t thread) {
     const uint32_t chunk = begin + thread / kWarp;
-    if (Warp::takes_part(thread) && chunk < end) measure_chunk<kLines>(table, sums, chunk, thread);
+    if (!Warp::takes_part(thread) || chunk >= end) return;
+    const uint32_t row = measure_chunk<kLines, kFar>(table, sums, chunk, thread);
+    if (thread == 0) memory.first_row = row;
   });
   each([&](uint32_t thread) {
     if (thread != 0) return;
     fence();
     memory.ended_count = 0;
-    uint32_t i = table.find_row(begin);
+    uint32_t i = memory.first_row;
     for (uint32_t chunk = begin; chunk < end; ++i) {
       const uint32_t row_end = table.row(i).chunk_end, next = row_end < end ? row_end : end;
       if (completes(sums.row_counters + i, next - chunk, table.chunks_of(i))) memory.ended[memory.ended_count++] = i;

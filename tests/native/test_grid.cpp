@@ -72,14 +72,15 @@ void measure_grid(const Table& table, const cuda::Sums& sums) {
   const auto memory = std::make_unique<cuda::BlockMemory>();
   // Blocks come in any order.
   for (uint32_t block = (table.chunk_count() + cuda::kMeasureChunks - 1) / cuda::kMeasureChunks; block-- > 0;) {
-    cuda::measure_block<kLines>(table, sums, block, *memory, Phase());
+    cuda::measure_block<kLines, false>(table, sums, block, *memory, Phase());
   }
 }
 
 template <Lines kLines, bool kEma>
 void walk_grid(const Table& table) {
   for (uint32_t block = 0; block < table.chunk_count(); ++block) {
-    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) cuda::walk_thread<kLines, kEma>(table, block, thread);
+    for (uint32_t thread = 0; thread < cuda::kThreads; ++thread)
+      cuda::walk_thread<kLines, kEma, false>(table, block, thread);
   }
 }
 // Kernels for all combinations only with the code for averages: without it they would double what is compiled here.
@@ -144,7 +145,7 @@ void run_launch(const TablePacker& packer, const Scalars& scalars, const float* 
     memory.resize(cuda::packed_bytes(packer));
     cuda::pack(packer, memory.data());
   } else {
-    cuda::pack(packer, arguments->bytes);
+    cuda::pack_arguments(packer, arguments->bytes);
   }
   arguments->head = cuda::make_head(packer, scalars, grad_scale, sums.sums(), memory.data());
   run_grid(arguments->table(), arguments->head.sums, packer.lines());
@@ -155,7 +156,7 @@ std::size_t launch(const TablePacker& packer, Scalars scalars, const float* grad
   scalars.totals = sums.totals.data();
   scalars.row_squares = sums.row_squares.data();
   if (packer.counts_steps()) scalars.ticket = &sums.ticket;
-  const std::size_t bytes = cuda::packed_bytes(packer);
+  const std::size_t bytes = cuda::argument_bytes(packer);
   if (bytes <= cuda::kSmallCapacity) {
     return run_launch<cuda::kSmallCapacity>(packer, scalars, grad_scale, sums), cuda::kSmallCapacity;
   }
@@ -232,7 +233,8 @@ std::vector<Tensor> many(std::size_t count, int line, int64_t length) {
 
 int main() {
   cpu::select_instruction_set("portable");
-  const float scale = 3;
+  // By a power of two a GPU multiplies, and by any other number it divides.
+  const float scale = 3, power = 1024;
 
   // Every storage combination: sizes around packs, blocks and chunks; every misalignment, all columns alike and not.
   for (int line = 0; line < kCombinationCount; ++line) {
@@ -248,8 +250,9 @@ int main() {
     }
     for (const bool ema : {false, true}) {
       with_ema = ema;
-      CHECK(grid_equals_walk(tensors, nullptr, cuda::kSmallCapacity));
-      CHECK(grid_equals_walk(tensors, &scale, cuda::kSmallCapacity));
+      for (const float* grad_scale : {static_cast<const float*>(nullptr), &scale, &power}) {
+        CHECK(grid_equals_walk(tensors, grad_scale, cuda::kSmallCapacity));
+      }
     }
   }
 
@@ -281,8 +284,8 @@ int main() {
     for (std::size_t count = 1; last_large == 0; ++count) {
       packer.start(4);
       for (std::size_t i = 0; i < count; ++i) packer.add_row(1, packer.add_group(make_group(i)), line);
-      if (cuda::packed_bytes(packer) <= cuda::kSmallCapacity) last_small = count;
-      if (cuda::packed_bytes(packer) > cuda::kLargeCapacity) last_large = count - 1;
+      if (cuda::argument_bytes(packer) <= cuda::kSmallCapacity) last_small = count;
+      if (cuda::argument_bytes(packer) > cuda::kLargeCapacity) last_large = count - 1;
     }
     CHECK(grid_equals_walk(many(last_small, line, 3), nullptr, cuda::kSmallCapacity));
     CHECK(grid_equals_walk(many(last_small + 1, line, 3), nullptr, cuda::kLargeCapacity));
@@ -359,7 +362,7 @@ int main() {
       data[2][i] = float_to_bfloat16(8);
       const auto block = static_cast<uint32_t>(i / kChunk);
       for (uint32_t thread = 0; thread < cuda::kThreads; ++thread) {
-        cuda::walk_thread<kBFloat16, false>(table, block, thread);
+        cuda::walk_thread<kBFloat16, false, false>(table, block, thread);
       }
       CHECK(bfloat16_to_float(data[2][i]) == 6);
       CHECK(bfloat16_to_float(data[0][i]) == 1);

@@ -148,7 +148,6 @@ int packs_equal_elements() {
         for (int k = 0; k < 16; ++k) pack[k] = x[i + k];
         format.store_pack(i, wide, pack, reduction);
       }
-      format.finish(block, reduction);
     }
     for (int64_t i = 0; i < length; i += 16) {
       float pack[16];

@@ -99,7 +99,7 @@ int no_bias() {
     for (int64_t i = 0; i < n; i += 128) {
       float batch[128];
       for (float& b : batch) b = x;
-      format.store_pack(i, false, batch);
+      format.store_pack(i, false, batch, format.random().template draws<128>(i));
     }
 
     const float size = std::fabs(x);
@@ -145,7 +145,7 @@ int layout() {
       for (; i + 8 <= n; i += 8) {
         float pack[8];
         for (int k = 0; k < 8; ++k) pack[k] = x[i + k];
-        format(packs).store_pack(i, false, pack);
+        format(packs).store_pack(i, false, pack, format(packs).random().template draws<8>(i));
         for (int k = 0; k < 8; ++k) CHECK(pack[k] == Case::value(expected[i + k]));
       }
       for (; i < n; ++i) format(packs).store(i, x[i]);
@@ -155,7 +155,7 @@ int layout() {
     for (; i + 128 <= n; i += 128) {
       float batch[128];
       for (int k = 0; k < 128; ++k) batch[k] = x[i + k];
-      format(batches).store_pack(i, false, batch);
+      format(batches).store_pack(i, false, batch, format(batches).random().template draws<128>(i));
       for (int k = 0; k < 128; ++k) CHECK(batch[k] == Case::value(expected[i + k]));
     }
     for (; i < n; ++i) format(batches).store(i, x[i]);
@@ -163,7 +163,7 @@ int layout() {
 
     for (const int64_t far : {int64_t{0}, (int64_t{1} << 34) - 128, int64_t{1} << 35, int64_t{1} << 40}) {
       void* columns[] = {batches.data(), &stored};
-      const auto draws = typename Case::Format(columns).random.template draws<128>(far);
+      const auto draws = typename Case::Format(columns).random().template draws<128>(far);
       for (int k = 0; k < 128; ++k) CHECK(draws.draw[k] == documented_draw(record, far + k, Case::kBits));
     }
   }

@@ -104,6 +104,23 @@ int main() {
     CHECK(table.chunk_begin(row) <= chunk && chunk < table.row(row).chunk_end);
   }
 
+  // A guide narrows the search and changes nothing: of one chunk, of a few and of more than it has entries, of rows of
+  // many chunks and of many rows.
+  for (const int64_t length : {int64_t{1}, kChunk + 1, 300 * kChunk}) {
+    for (const uint32_t rows : {1u, 2u, 127u, 128u, 129u, 1000u}) {
+      packer.start(kMaxColumns);
+      for (uint32_t i = 0; i < rows; ++i) packer.add_row(i % 7 == 3 ? 1 : length, packer.add_group(Group{}), 0);
+      Table guided = packer.table();
+      CHECK(packer.guide().size() <= kMaxGuide);
+      guided.guide = packer.guide().data();
+      guided.guide_count = static_cast<uint32_t>(packer.guide().size());
+      guided.guide_shift = packer.guide_shift();
+      for (uint32_t chunk = 0; chunk < guided.chunk_count(); ++chunk) {
+        CHECK(guided.find_row(chunk) == packer.table().find_row(chunk));
+      }
+    }
+  }
+
   // Equal hyperparameters share a row; sizes beyond 2^31 elements are counted right; limits are errors.
   packer.start(kMaxColumns);
   Group group;
