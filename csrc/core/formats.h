@@ -38,6 +38,7 @@
 //                           kBatch, within 512 elements from a multiple of 512, with much less work than one by one:
 //                           draws[k] is what store(i + k, x) would draw. Its store_pair is store_pair(i, x[2], draws),
 //                           both draws in one word, and its store_pack is store_pack(i, wide, x, draws)
+//   Record* record          what they depend on, which count_step() changes; it may be made to point to a copy
 //   random()                where they come from, read now: random().draws<n>(i) is what store_pack needs
 //   count_step(columns)     changes what all of the tensor's elements depend on, after a step that was not skipped
 //

@@ -120,6 +120,7 @@ template <class DrawType, float (*kDecode)(uint16_t), uint16_t (*kRound)(float, 
 struct Stochastic {
   using Acc = float;
   using Draw = DrawType;
+  using Record = StochasticRecord;
   static constexpr int kColumns = 2;
   static constexpr int kBytes = 2;
   static constexpr int kBlock = 1;

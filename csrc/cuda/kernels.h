@@ -11,25 +11,30 @@ namespace {
 // arguments and there are no averages. (blocks_at_once() has the rest; a build with FUSED_SGD_WERROR=1 fails where it
 // is one too many, on some architectures sooner than on others.)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-inline constexpr int kStochastic = 3, kSplitPair = 3;
+inline constexpr int kStochastic = 3;
 #else
-inline constexpr int kStochastic = 4, kSplitPair = 4;
+inline constexpr int kStochastic = 4;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800 && __CUDA_ARCH__ != 900
+inline constexpr int kTight = 3;
+#else
+inline constexpr int kTight = 4;
 #endif
 // clang-format off
 #define FSGD_OWN_KERNELS(X)                              \
-  X(Float32,            Float32,  Float32,  4)           \
+  X(Float32,            Float32,  Float32,  kTight)      \
   X(Float32,            Float32,  BFloat16, 3)           \
   X(Float32,            Float32,  Int8,     4)           \
   X(BFloat16,           BFloat16, BFloat16, 4)           \
-  X(BFloat16,           BFloat16, Float32,  4)           \
-  X(BFloat16,           BFloat16, Int8,     4)           \
+  X(BFloat16,           BFloat16, Float32,  kTight)      \
+  X(BFloat16,           BFloat16, Int8,     kTight)      \
   X(Float16,            Float16,  Float16,  4)           \
   X(SplitBFloat16,      BFloat16, Float32,  4)           \
   X(SplitBFloat16,      BFloat16, BFloat16, 4)           \
-  X(SplitBFloat16,      BFloat16, Int8,     4)           \
+  X(SplitBFloat16,      BFloat16, Int8,     kTight)      \
   X(MasterBFloat16,     BFloat16, Float32,  4)           \
   X(StochasticBFloat16, BFloat16, BFloat16, kStochastic) \
-  X(StochasticBFloat16, BFloat16, Float32,  kStochastic)          \
+  X(StochasticBFloat16, BFloat16, Float32,  kStochastic) \
   X(StochasticBFloat16, BFloat16, Int8,     kStochastic)
 // clang-format on
 
@@ -37,12 +42,12 @@ inline constexpr int kStochastic = 4, kSplitPair = 4;
 // blocks; beside bfloat16, norms that were left in float32. The blocks are those of a table in the arguments: only such
 // tables have these kernels.
 // clang-format off
-#define FSGD_PAIR_KERNELS(X)                                                                    \
-  X(Float32_Float32_Int8,             Float32_Float32_Float32,              4)                  \
-  X(BFloat16_BFloat16_Int8,           BFloat16_BFloat16_BFloat16,           4)                  \
-  X(SplitBFloat16_BFloat16_Int8,      SplitBFloat16_BFloat16_Float32,       4)         \
-  X(StochasticBFloat16_BFloat16_Int8, StochasticBFloat16_BFloat16_BFloat16, 4)        \
-  X(BFloat16_BFloat16_BFloat16,       Float32_Float32_Float32,              4)                  \
+#define FSGD_PAIR_KERNELS(X)                                                            \
+  X(Float32_Float32_Int8,             Float32_Float32_Float32,              kTight)     \
+  X(BFloat16_BFloat16_Int8,           BFloat16_BFloat16_BFloat16,           kTight)     \
+  X(SplitBFloat16_BFloat16_Int8,      SplitBFloat16_BFloat16_Float32,       kTight)     \
+  X(StochasticBFloat16_BFloat16_Int8, StochasticBFloat16_BFloat16_BFloat16, kTight)     \
+  X(BFloat16_BFloat16_BFloat16,       Float32_Float32_Float32,              kTight)     \
   X(SplitBFloat16_BFloat16_Float32,   Float32_Float32_Float32,              3)
 // clang-format on
 #define FSGD_PAIR(A, B) (line_bit(Line_##A) | line_bit(Line_##B))
@@ -71,20 +76,14 @@ constexpr int blocks_at_once(Lines lines, bool ema, bool table_in_memory) {
   }
 }
 
-// After a block's walk, where steps are counted: the last block counts them, when all others have read the counts.
-//
-// The others add to the ticket and are gone; to wait until their own writes are seen, or for the ticket's answer, would
-// take a fifth of their time. There is no need: who stored something had its count before. The last block waits, in one
-// of two or more places of a multiprocessor, for blocks that have begun before it or find other places.
-__device__ __forceinline__ void count_steps_block(const Table& table) {
-  __syncthreads();
+// Where steps are counted, the last block does it in the end. Every block adds itself to the ticket as soon as it has
+// read the counts (walk.h): the last block finds them all, but for those that began with it, and no other waits for
+// anything. (It waits in one of two or more places of a multiprocessor; blocks that are still to begin find others.)
+__device__ __forceinline__ void count_steps_in_last_block(const Table& table) {
   uint32_t* ticket = table.scalars.ticket;
-  if (blockIdx.x != gridDim.x - 1) {
-    if (threadIdx.x == 0) atomicAdd(ticket, 1u);
-    return;
-  }
+  if (ticket == nullptr || blockIdx.x != gridDim.x - 1 || skips(table.scalars)) return;
   if (threadIdx.x == 0) {
-    while (*static_cast<volatile uint32_t*>(ticket) != gridDim.x - 1) __nanosleep(100);
+    while (*static_cast<volatile uint32_t*>(ticket) != gridDim.x) __nanosleep(50);
     *ticket = 0;
   }
   __syncthreads();
@@ -100,7 +99,7 @@ __global__ __launch_bounds__(kThreads, blocks_at_once(Lines{kBits}, kEma, kCapac
   const uint32_t block = arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   walk_thread<kLines, kEma, kCapacity == 0>(table, block, threadIdx.x);
   if constexpr ((kLines & kCountingLines) != Lines::None) {
-    if (table.scalars.ticket != nullptr) count_steps_block(table);
+    count_steps_in_last_block(table);
   }
 }
 

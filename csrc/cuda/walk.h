@@ -49,6 +49,17 @@ class Neighbours {
 
 struct None {};
 
+// The record a stochastic format's random bits come from
+template <class P>
+struct RecordOf {
+  using Type = None;
+};
+template <class P>
+  requires requires { typename P::Record; }
+struct RecordOf<P> {
+  using Type = typename P::Record;
+};
+
 // What the random bits of a parameter come from, where its format takes any.
 template <class P>
 inline constexpr bool kDraws = requires { typename P::Draw; };
@@ -82,8 +93,9 @@ class SharedMemory {
   alignas(16) unsigned char bytes_[sizeof(T)];
 };
 
-// The part of one tensor that one thread walks. kEma: whether some row of the table has an average.
-template <class P, class G, class M, bool kEma>
+// The part of one tensor that one thread walks. kEma: whether some row of the table has an average. kCounts: whether
+// some row's format counts steps. What depends on the count is read by then when a block adds itself to the ticket.
+template <class P, class G, class M, bool kEma, bool kCounts>
 class ThreadWalk {
   static_assert(P::kBlock == 1 && G::kBlock == 1, "only the momentum buffer may be stored in blocks");
   using Acc = typename P::Acc;
@@ -99,6 +111,7 @@ class ThreadWalk {
   // The threads that share a block of the momentum buffer.
   using Together = Neighbours<M::kBlock == 1 ? 1 : M::kBlock / kPack>;
   using Reduction = typename ReductionOf<M>::Type;
+  using Record = typename RecordOf<P>::Type;
   static constexpr int kParts = Together::kParts;
 
  public:
@@ -117,7 +130,7 @@ class ThreadWalk {
   // Chunk number `chunk` of this tensor. Heads are peeled per tensor: its first chunk is longer by the elements before
   // the first 16-byte boundary, and all others begin on one. But batches and blocks count from element 0, whatever its
   // address.
-  FSGD_INLINE void chunk(uint32_t chunk, uint32_t thread) const {
+  FSGD_INLINE void chunk(uint32_t chunk, uint32_t thread) {
     const int64_t head = elements_before_packs();
     const int64_t begin = clamp(chunk == 0 ? 0 : head + chunk * kChunk);
     const int64_t first_pack = clamp(head + chunk * kChunk);
@@ -130,12 +143,20 @@ class ThreadWalk {
     const bool whole = takes_part && aligned && end - first_pack == kChunk;
     Packs<kAtOnce> packs{};
 #if defined(__CUDA_ARCH__)
-    // The hyperparameters take a hundred instructions. One warp computes them for all, whose loads are under way.
-    __shared__ SharedMemory<Terms> shared;
-    if (thread < 32) shared.set(Terms(group_, table_.scalars, row_));
+    // The hyperparameters take a hundred instructions. One thread computes them for all, whose loads are under way.
+    __shared__ SharedMemory<Terms> shared_terms;
+    __shared__ SharedMemory<Record> shared_record;
+    if (thread == 0) {
+      shared_terms.set(Terms(group_, table_.scalars, row_));
+      if constexpr (kDraws<P>) shared_record.set(*param_.record);
+    }
     if (whole) load<kAtOnce, true>(first, packs);
     __syncthreads();
-    const Terms terms = shared.get();
+    const Terms terms = shared_terms.get();
+    if constexpr (kDraws<P>) param_.record = &shared_record.get();
+    if constexpr (kCounts) {
+      if (thread == 0 && table_.scalars.ticket != nullptr) atomicAdd(table_.scalars.ticket, 1u);
+    }
 #else
     if (whole) load<kAtOnce, true>(first, packs);
     const Terms terms(group_, table_.scalars, row_);
@@ -370,11 +391,12 @@ FSGD_INLINE void walk_thread(const Table& table, uint32_t block, uint32_t thread
   }
   const uint32_t i = find_row<kFar>(table, block);
   const uint32_t chunk = block - table.chunk_begin(i);
+  constexpr bool kCounts = (kLines & kCountingLines) != Lines::None;
   constexpr int kOnly = only_line(kLines);
   const int line = kOnly < 0 ? static_cast<int>(table.row(i).combination()) : kOnly;
-#define FSGD_WALK_ROW(P, G, M)                                                                         \
-  if constexpr (has(kLines, Line_##P##_##G##_##M)) {                                                   \
-    if (line == Line_##P##_##G##_##M) return ThreadWalk<P, G, M, kEma>(table, i).chunk(chunk, thread); \
+#define FSGD_WALK_ROW(P, G, M)                                                                                  \
+  if constexpr (has(kLines, Line_##P##_##G##_##M)) {                                                            \
+    if (line == Line_##P##_##G##_##M) return ThreadWalk<P, G, M, kEma, kCounts>(table, i).chunk(chunk, thread); \
   }
   FSGD_COMBINATIONS(FSGD_WALK_ROW)
 #undef FSGD_WALK_ROW

@@ -92,13 +92,14 @@ void Plan::combine(PyObject* reduce, PyObject* elsewhere) {
   }
   const bool alone = parts.size() == 1 && reduce == Py_None && elsewhere == Py_None;
   if (alone) return;
-  if (parts.empty()) {
+  const bool none = parts.empty();
+  if (none) {
     totals_ = {};
     totals_known_ = true;
     parts.push_back(&targets_[0]);
   }
   const c10::Device device = parts.back()->device;  // a GPU, if there is one
-  totals_device_ = device;
+  totals_device_ = none ? targets_.back().device : device;
   at::Tensor totals = at::zeros({2}, at::TensorOptions().dtype(at::kDouble).device(device));
   for (const Target* part : parts) totals.add_(totals_of(*part).to(device));
   if (elsewhere != Py_None) {
