@@ -18,12 +18,12 @@ from dataclasses import replace
 
 import torch
 
-from . import fits, results, tables
+from . import fits, tables
 from . import options as shared
 from .machine import cores
 from .peers import OURS
 from .report_curves import report_section
-from .runner import Case, clocks_for, finish_header, make_header, run_cases
+from .runner import Case, File, clocks_for, make_header, run_cases
 from .shapes import SHAPE_SETS, ShapeSet
 
 __all__ = ["HELP", "add_arguments", "report_section", "run"]
@@ -51,15 +51,14 @@ def run(given: argparse.Namespace) -> int:
     tables.show_header(console, header)
     peers = options.peers if options.named else [peer for peer in _PEERS if not (options.quick and peer == "loop")]
     cases = [case for name in given.curves or _CURVES for case in _CURVES[name](options, peers)]
-    outcome = run_cases(cases, options, clocks, console)
-    finish_header(header, console)
-    header["left_out"] = outcome.left_out
+    file = File(options, header)
+    outcome = run_cases(cases, options, clocks, console, file)
     rows = [row.as_json() for row in outcome.rows]
     console.print()
     for clock in clocks:
         for sentence in fits.sentences(rows, clock.name, header["device"]["last_level_cache_bytes"]):
             console.print(sentence, soft_wrap=True)
-    console.print(f"\nWritten to {results.write(options.output, header, rows)}", soft_wrap=True)
+    file.finish(rows, outcome.left_out, console)
     return options.budget.status
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import machine, tables, workload
+from . import machine, results, tables, workload
 from .clocks import Clock, DeviceClock, GpuWallClock, GraphClock, HostClock, Timed, WallClock, host_bound
 from .footprint import Footprint, footprint
 from .gpu import CudaGpu, Gpu
@@ -84,14 +85,26 @@ def make_header(benchmark: str, options: Options, clocks: Sequence[Clock]) -> di
     }
 
 
-def finish_header(header: dict[str, Any], console: Console) -> None:
-    """What is known only when everything has been loaded."""
-    runtimes = machine.openmp_runtimes()
-    header["openmp_runtimes"] = len(runtimes)
-    if len(runtimes) > 1:
-        console.print(
-            f"[yellow]Two OpenMP runtimes disturb each other's figures: {', '.join(runtimes)}", soft_wrap=True
-        )
+class File:
+    """A run's file: written anew after each case, since a run may be ended from outside at any moment."""
+
+    def __init__(self, options: Options, header: Mapping[str, Any]) -> None:
+        self.options = options
+        self.header = header
+
+    def write(self, rows: list[dict[str, Any]], left_out: Sequence[str]) -> Path:
+        """Writes what has been found, in place of what it held."""
+        runtimes = len(machine.openmp_runtimes())  # known only when everything has been loaded
+        header = {**self.header, "left_out": list(left_out), "openmp_runtimes": runtimes}
+        return results.write(self.options.output, header, rows)
+
+    def finish(self, rows: list[dict[str, Any]], left_out: Sequence[str], console: Console) -> None:
+        """Writes all of it, and says where it is."""
+        runtimes = machine.openmp_runtimes()
+        if len(runtimes) > 1:
+            warning = f"[yellow]Two OpenMP runtimes disturb each other's figures: {', '.join(runtimes)}"
+            console.print(warning, soft_wrap=True)
+        console.print(f"\nWritten to {self.write(rows, left_out)}", soft_wrap=True)
 
 
 def make_progress(console: Console) -> Progress:
@@ -100,8 +113,10 @@ def make_progress(console: Console) -> Progress:
     return Progress(*columns, console=console, auto_refresh=False, transient=True)
 
 
-def run_cases(cases: Sequence[Case], options: Options, clocks: Sequence[Clock], console: Console) -> Outcome:
-    """Measures the cases in turn and shows each table when it is done, for as long as the budget lasts."""
+def run_cases(
+    cases: Sequence[Case], options: Options, clocks: Sequence[Clock], console: Console, file: File
+) -> Outcome:
+    """Measures the cases in turn, as long as the budget lasts; each is shown, and written, when it is done."""
     outcome = Outcome()
     with make_progress(console) as progress:
         task = progress.add_task("", total=len(cases))
@@ -124,6 +139,7 @@ def run_cases(cases: Sequence[Case], options: Options, clocks: Sequence[Clock], 
                     raise
                 options.budget.interrupted = True  # what is there is written
                 outcome.left_out.append(f"{case}, interrupted")
+            file.write([row.as_json() for row in outcome.rows], [*outcome.left_out, *map(str, cases[done + 1 :])])
             progress.advance(task)
             gc.collect()  # before the next one's memory is taken
             if options.device == "cuda":

@@ -9,8 +9,8 @@ process; figures are medians and quartiles, and ratios are taken round by round.
 before it, so small shapes tell what steps cost that find the caches as the last one left them. The floor (`nothing`) is
 an optimizer whose step is empty. The ceilings are the same arithmetic over one flat array (`flat`) and a plain copy of
 as many bytes (`copy`). On a GPU there are four clocks: device time with a cold L2 cache, replay of a CUDA graph with
-buffers in turn, host time until step() returns, and wall time. A run that is interrupted writes what it has found, one
-that fails writes nothing.
+buffers in turn, host time until step() returns, and wall time. The file is written anew after each configuration,
+so that a run that is interrupted, fails or is ended from outside leaves what it found.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import argparse
 from collections.abc import Sequence
 
 from . import options as shared
-from . import results, tables
+from . import tables
 from .report_step import report_section
-from .runner import Case, clocks_for, finish_header, make_header, run_cases
+from .runner import Case, File, clocks_for, make_header, run_cases
 from .shapes import SHAPE_SETS
 
 __all__ = ["HELP", "add_arguments", "report_section", "run"]
@@ -46,12 +46,10 @@ def run(given: argparse.Namespace) -> int:
     clocks = clocks_for(options.device)
     header = make_header("step", options, clocks)
     tables.show_header(console, header)
-    outcome = run_cases(_cases(given.shapes, options), options, clocks, console)
-    finish_header(header, console)
-    header["left_out"] = outcome.left_out
+    file = File(options, header)
+    outcome = run_cases(_cases(given.shapes, options), options, clocks, console, file)
     tables.show_summary(console, outcome.rows)
-    file = results.write(options.output, header, [row.as_json() for row in outcome.rows])
-    console.print(f"\nWritten to {file}", soft_wrap=True)
+    file.finish([row.as_json() for row in outcome.rows], outcome.left_out, console)
     return options.budget.status
 
 

@@ -22,12 +22,12 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from . import options as shared
-from . import results, tables, workload
+from . import tables, workload
 from .measure import Effort, Samples
 from .models import TRAININGS, Training
 from .peers import OURS, PEERS, CannotRun
 from .report_training import report_section
-from .runner import Show, finish_header, make_header, make_progress
+from .runner import File, Show, make_header, make_progress
 from .verify import Check, check_once
 
 __all__ = ["HELP", "add_arguments", "report_section", "run"]
@@ -50,6 +50,7 @@ def run(given: argparse.Namespace) -> int:
     torch.set_num_threads(max(options.threads))
     peers = [name for name in options.peers if PEERS[name].role in ("ours", "peer")]
     names = given.models or list(TRAININGS)
+    file = File(options, header)
     rows: list[dict[str, Any]] = []
     with make_progress(console) as progress:
         task = progress.add_task("", total=len(names))
@@ -64,9 +65,9 @@ def run(given: argparse.Namespace) -> int:
             found = train(TRAININGS[name], peers, checks, options, effort, show)
             _show_table(progress.console, TRAININGS[name], found)
             rows += found
+            file.write(rows, names[done + 1 :])
             progress.advance(task)
-    finish_header(header, console)
-    console.print(f"\nWritten to {results.write(options.output, header, rows)}", soft_wrap=True)
+    file.finish(rows, [], console)
     return 0
 
 

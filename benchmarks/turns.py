@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 
 from . import options as shared
-from . import results, tables
+from . import tables
 from .clocks import Clock, Step, Timed, host_bound
 from .footprint import footprint
 from .measure import Effort, Quartiles, Samples, measure, warm_up
 from .peers import CEILING, PEERS, CannotRun, Contender
-from .runner import clocks_for, finish_header, make_header, make_progress
+from .runner import File, clocks_for, make_header, make_progress
 from .workload import TIMED_LR, Workload
 
 FLAT_BYTES = 20  # that the ceiling moves an element, in float32
@@ -125,6 +125,7 @@ def run(
     clocks = clocks_for(options.device)
     header = make_header(benchmark, options, clocks)
     tables.show_header(console, header)
+    file = File(options, header)
     rows: list[Row] = []
     left_out = []
     to_do = cases(options)
@@ -145,6 +146,7 @@ def run(
                     raise
                 options.budget.interrupted = True  # what is there is written
                 left_out.append(f"{name}, interrupted")
+            file.write([asdict(row) for row in rows], [*left_out, *list(to_do)[done + 1 :]])
             progress.advance(bar)
             gc.collect()
             if options.device == "cuda":
@@ -152,8 +154,5 @@ def run(
     if left_out:
         why = "Interrupted" if options.budget.interrupted else "The time was up"
         console.print(f"[yellow]{why} before: {', '.join(left_out)}", soft_wrap=True)
-    header["left_out"] = left_out
-    finish_header(header, console)
-    file = results.write(options.output, header, [asdict(row) for row in rows])
-    console.print(f"\nWritten to {file}", soft_wrap=True)
+    file.finish([asdict(row) for row in rows], left_out, console)
     return options.budget.status
