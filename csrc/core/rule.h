@@ -1,6 +1,6 @@
-// The update rule of SGD, for one element. It is written here and nowhere else: every instruction set of the CPU and
-// every GPU compiles this function. fused_sgd/reference.py is the same rule in PyTorch and is what it is tested
-// against.
+// The update rule of SGD, for one element. It is written here and nowhere else, in a form for CPUs and one for GPUs'
+// packs (which take the CPUs' for single elements). fused_sgd/reference.py is the same rule in PyTorch and is what both
+// are tested against.
 #pragma once
 
 #include "arithmetic.h"
@@ -66,7 +66,7 @@ struct Scalars {
   const double* row_squares = nullptr;  // sums of squares of each row's parameter and gradient, for LARS
   double max_grad_norm = 0;             // 0: gradients are not clipped
   int64_t* skipped_steps = nullptr;     // counts them, on a GPU; a CPU's step is skipped before it begins
-  uint32_t* ticket = nullptr;           // on a GPU, where steps are counted: which block is the last; 0 in between
+  uint32_t* ticket = nullptr;           // on a GPU: how many blocks have read the counts of steps; 0 in between
   uint32_t skip_nonfinite = 0;
   uint32_t unused = 0;
 };

@@ -3,8 +3,8 @@
 //
 // Work is counted in chunks. A chunk is kChunk elements of ONE tensor (the last one may be shorter), and every tensor
 // begins with a chunk of its own. Rows carry the running sum of chunks, so the tensor of any chunk is found by binary
-// search and no list of chunks exists. Norms are summed by pieces of the same size, tiles (squares.h), which stay where
-// they are when a GPU moves its chunks to aligned addresses.
+// search and no list of chunks exists (but a guide to a few of them, where many look). Norms are summed by pieces of
+// the same size, tiles (squares.h), which stay where they are when a GPU moves its chunks to aligned addresses.
 #pragma once
 
 #include <cstddef>
@@ -114,6 +114,7 @@ class TablePacker {
     elements_ = 0;
     lines_ = Lines::None;
     guided_rows_ = 0;
+    guide_.clear();
     restart_groups();
   }
 
@@ -169,7 +170,7 @@ class TablePacker {
   std::span<const std::byte> rows() const { return {bytes_.data(), used_bytes_}; }
   std::span<const Group> groups() const { return groups_; }
 
-  // Table::guide, which spares each of a GPU's blocks most of its search: rows are few where one is, and far apart.
+  // Table::guide, which spares each of a GPU's blocks most of its search.
   std::span<const uint32_t> guide() const {
     if (guided_rows_ != row_count_) {
       const Table table = this->table();

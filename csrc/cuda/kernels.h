@@ -9,16 +9,18 @@ namespace {
 // Combinations that have a kernel of their own, for tables of nothing else. The last number is how many blocks a
 // multiprocessor holds at least, which bounds the registers: as many as do without spills, where the table is in the
 // arguments and there are no averages. (blocks_at_once() has the rest; a build with FUSED_SGD_WERROR=1 fails where it
-// is one too many, on some architectures sooner than on others.)
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-inline constexpr int kStochastic = 3;
+// is one too many, on some architectures sooner than on others: kStochastic is of stochastic rounding, kTight of what
+// just fits, kMixed of 16-bit parameters beside fp32 columns, kHalf of fp16, kNorms of the first pass.)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+inline constexpr int kStochastic = 4, kTight = 4, kMixed = 4, kHalf = 4, kNorms = 5;
+#elif __CUDA_ARCH__ == 800
+inline constexpr int kStochastic = 4, kTight = 4, kMixed = 4, kHalf = 4, kNorms = 4;
+#elif __CUDA_ARCH__ < 1000
+inline constexpr int kStochastic = 4, kTight = 3, kMixed = 3, kHalf = 4, kNorms = 5;
+#elif __CUDA_ARCH__ < 1200
+inline constexpr int kStochastic = 3, kTight = 3, kMixed = 3, kHalf = 2, kNorms = 5;
 #else
-inline constexpr int kStochastic = 4;
-#endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 800 && __CUDA_ARCH__ != 900
-inline constexpr int kTight = 3;
-#else
-inline constexpr int kTight = 4;
+inline constexpr int kStochastic = 3, kTight = 3, kMixed = 2, kHalf = 2, kNorms = 5;
 #endif
 // clang-format off
 #define FSGD_OWN_KERNELS(X)                              \
@@ -26,13 +28,13 @@ inline constexpr int kTight = 4;
   X(Float32,            Float32,  BFloat16, 3)           \
   X(Float32,            Float32,  Int8,     4)           \
   X(BFloat16,           BFloat16, BFloat16, 4)           \
-  X(BFloat16,           BFloat16, Float32,  kTight)      \
+  X(BFloat16,           BFloat16, Float32,  kMixed)      \
   X(BFloat16,           BFloat16, Int8,     kTight)      \
-  X(Float16,            Float16,  Float16,  4)           \
+  X(Float16,            Float16,  Float16,  kHalf)       \
   X(SplitBFloat16,      BFloat16, Float32,  4)           \
   X(SplitBFloat16,      BFloat16, BFloat16, 4)           \
   X(SplitBFloat16,      BFloat16, Int8,     kTight)      \
-  X(MasterBFloat16,     BFloat16, Float32,  4)           \
+  X(MasterBFloat16,     BFloat16, Float32,  kMixed)      \
   X(StochasticBFloat16, BFloat16, BFloat16, kStochastic) \
   X(StochasticBFloat16, BFloat16, Float32,  kStochastic) \
   X(StochasticBFloat16, BFloat16, Int8,     kStochastic)
@@ -78,13 +80,17 @@ constexpr int blocks_at_once(Lines lines, bool ema, bool table_in_memory) {
 
 // Where steps are counted, the last block does it in the end. Every block adds itself to the ticket as soon as it has
 // read the counts (walk.h): the last block finds them all, but for those that began with it, and no other waits for
-// anything. (It waits in one of two or more places of a multiprocessor; blocks that are still to begin find others.)
+// anything. Blocks begin in their order, and others end beside one that waits. There is no fence: a count was read when
+// it stood in shared memory, before the block's barrier.
+//
+// Two steps that overlap, on streams without an order, have one ticket. They may count too early; but what each of them
+// adds it takes away, so that neither waits for ever.
 __device__ __forceinline__ void count_steps_in_last_block(const Table& table) {
   uint32_t* ticket = table.scalars.ticket;
   if (ticket == nullptr || blockIdx.x != gridDim.x - 1 || skips(table.scalars)) return;
   if (threadIdx.x == 0) {
-    while (*static_cast<volatile uint32_t*>(ticket) != gridDim.x) __nanosleep(50);
-    *ticket = 0;
+    while (*static_cast<volatile uint32_t*>(ticket) < gridDim.x) __nanosleep(50);
+    atomicSub(ticket, gridDim.x);
   }
   __syncthreads();
   count_steps_thread(table, threadIdx.x);
@@ -113,7 +119,7 @@ struct Phase {
 };
 
 template <uint64_t kBits, std::size_t kCapacity>
-__global__ __launch_bounds__(kMeasureThreads, is_common(Lines{kBits}) ? 5 : 4) void measure_gradients(
+__global__ __launch_bounds__(kMeasureThreads, is_common(Lines{kBits}) ? kNorms : 4) void measure_gradients(
     const __grid_constant__ Arguments<kCapacity> arguments) {
   __shared__ BlockMemory memory;
   measure_block<Lines{kBits}, kCapacity == 0>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());

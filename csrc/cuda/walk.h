@@ -1,8 +1,8 @@
 // What one thread of the grid does. A block walks one chunk of the table; its threads take packs of elements in turn,
 // 16 bytes of the narrowest column or 8 elements.
 //
-// Nothing here is special to a GPU: tests/native/test_grid.cpp runs every thread of every block on the host, under
-// sanitizers, and compares with the CPU walk to the bit.
+// All but what threads of a block share is the same for a GPU and the host: tests/native/test_grid.cpp runs every
+// thread of every block there, under sanitizers, and compares with the CPU walk to the bit.
 #pragma once
 
 #include "../core/table.h"
@@ -86,7 +86,7 @@ struct ReductionOf<M> {
 template <class T>
 class SharedMemory {
  public:
-  FSGD_INLINE void set(const T& value) { __builtin_memcpy(bytes_, &value, sizeof(T)); }
+  FSGD_INLINE void set(const T& value) { *reinterpret_cast<T*>(bytes_) = value; }  // nvcc copies bytes one by one
   FSGD_INLINE const T& get() const { return *reinterpret_cast<const T*>(bytes_); }
 
  private:
@@ -125,7 +125,7 @@ class ThreadWalk {
         param_(columns()),
         grad_(columns() + P::kColumns),
         momentum_(columns() + P::kColumns + G::kColumns),
-        ema_(columns() + P::kColumns + G::kColumns + M::kColumns) {}
+        ema_(has_ema_ ? columns() + P::kColumns + G::kColumns + M::kColumns : columns()) {}
 
   // Chunk number `chunk` of this tensor. Heads are peeled per tensor: its first chunk is longer by the elements before
   // the first 16-byte boundary, and all others begin on one. But batches and blocks count from element 0, whatever its

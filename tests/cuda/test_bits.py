@@ -134,3 +134,27 @@ def test_norms_equal_the_cpu(dtype: torch.dtype, lars: bool) -> None:
         assert expected is not None
         assert same_bits(norm.cpu(), expected)
         assert_equal_across(*optimizers, step)
+
+
+def test_scales_of_int8_momentum_equal_the_cpu() -> None:
+    """Where quotients and inverses are hardest to round: mantissas near a power of two, all exponents, and others."""
+    generator = torch.Generator().manual_seed(0)
+    near = torch.arange(4096)
+    mantissas = torch.cat([near, 2**23 - 1 - near, torch.randint(2**23, (1 << 16,), generator=generator)])
+    exponents = torch.randint(1, 255, mantissas.shape, generator=generator)
+    exponents[0], mantissas[0] = 254, 2**23 - 1  # the largest number
+    largest = (exponents << 23 | mantissas).to(torch.int32).view(torch.float32)
+    shape = (len(largest), 64)
+    on_cpu = [torch.zeros(shape).requires_grad_()]
+    params = on_gpu(on_cpu)
+    steppers = [FusedSGD(p, lr=1e-3, momentum=0.9, momentum_dtype=torch.int8, fused=True) for p in (on_cpu, params)]
+    for step in range(2):
+        grad = (torch.rand(shape, generator=generator) - 0.5) * largest[:, None]
+        grad[:, step] = -largest
+        on_cpu[0].grad, params[0].grad = grad, grad.to(GPU)
+        for stepper in steppers:
+            stepper.step()
+        ours, theirs = (stepper.state[p[0]] for stepper, p in zip(steppers, (params, on_cpu), strict=True))
+        assert same_bits(params[0].cpu(), on_cpu[0]), f"parameters at step {step}"
+        for key in ("momentum_codes", "momentum_scale"):
+            assert same_bits(ours[key].cpu(), theirs[key]), f"{key} at step {step}"

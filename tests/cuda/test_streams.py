@@ -62,6 +62,25 @@ def test_unordered_streams_with_other_parameters_each(count: int) -> None:
         assert same_bits(p, torch.add(b, grad, alpha=-0.5))
 
 
+def test_unordered_streams_that_round_stochastically_end() -> None:
+    """Two steps at once count steps with one ticket: which of them counts first is open, that both end is not."""
+    params = [torch.zeros(1 << 25, dtype=torch.bfloat16, device=GPU).requires_grad_() for _ in range(2)]
+    optimizer = FusedSGD(params, lr=0.5, stochastic_rounding=True)
+    grads = [torch.ones_like(p) for p in params]
+    streams = [torch.cuda.Stream() for _ in params]
+    torch.cuda.synchronize()
+    steps = 20
+    for _ in range(steps):
+        for mine, stream in enumerate(streams):
+            for i, p in enumerate(params):
+                p.grad = grads[i] if i == mine else None
+            with torch.cuda.stream(stream):
+                optimizer.step()
+    torch.cuda.synchronize()
+    for p in params:
+        assert bool((p == -0.5 * steps).all())  # exact, whatever the random bits
+
+
 def test_the_current_stream_is_used() -> None:
     """A step is ordered behind what its stream did before, and other streams are not."""
     (p,) = on(GPU, 1)
