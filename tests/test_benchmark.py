@@ -130,47 +130,34 @@ def test_bad_input(argument: str, message: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_an_interrupted_run_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_run_that_is_ended_leaves_what_it_found(
+    end: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it: the file of the cases before is there, and names the others. Only an interruption is told."""
     runner = benchmarks("runner")
     whole, begun = runner.run_case, []
 
     def run_case(case: Any, *rest: Any) -> Any:
         begun.append(case)
         if len(begun) == 2:
-            raise KeyboardInterrupt
+            raise end
         yield from whole(case, *rest)
 
     monkeypatch.setattr(runner, "run_case", run_case)
     shapes, peers = "--shapes=tiny161,resnet20,tiny161_groups", "--peers=ours,nothing"
     arguments = ["step", "--quick", shapes, peers, "--dtypes=float32", "--device=cpu", "--threads=1"]
-    assert benchmarks("commands").main([*arguments, f"--output={tmp_path}"]) == 130
+    main = benchmarks("commands").main
+    if end is KeyboardInterrupt:
+        assert main([*arguments, f"--output={tmp_path}"]) == 130
+    else:
+        with pytest.raises(end):
+            main([*arguments, f"--output={tmp_path}"])
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
     assert {row["shapes"] for row in result["rows"]} == {"tiny161"}
     assert [name.split()[0] for name in result["left_out"]] == ["resnet20", "tiny161_groups"]
-    assert "interrupted" in result["left_out"][0]
-
-
-def test_a_run_that_ends_otherwise_leaves_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process may be killed: whatever ends it, the file of the cases before is there and names the others."""
-    runner = benchmarks("runner")
-    whole, begun = runner.run_case, []
-
-    def run_case(case: Any, *rest: Any) -> Any:
-        begun.append(case)
-        if len(begun) == 2:
-            raise SystemExit("killed")
-        yield from whole(case, *rest)
-
-    monkeypatch.setattr(runner, "run_case", run_case)
-    shapes, peers = "--shapes=tiny161,resnet20,tiny161_groups", "--peers=ours,nothing"
-    arguments = ["step", "--quick", shapes, peers, "--dtypes=float32", "--device=cpu", "--threads=1"]
-    with pytest.raises(SystemExit, match="killed"):
-        benchmarks("commands").main([*arguments, f"--output={tmp_path}"])
-    (file,) = tmp_path.iterdir()
-    result = json.loads(file.read_text())
-    assert {row["shapes"] for row in result["rows"]} == {"tiny161"}
-    assert [name.split()[0] for name in result["left_out"]] == ["resnet20", "tiny161_groups"]
+    assert ("interrupted" in result["left_out"][0]) == (end is KeyboardInterrupt)
 
 
 def test_no_device_is_a_message(tmp_path: Path) -> None:

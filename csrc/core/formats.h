@@ -242,6 +242,10 @@ constexpr int batch_of() {
 template <class F>
 inline constexpr int kBatchOf = batch_of<F>();
 
+// Whether what is stored depends on random bits, which are drawn together.
+template <class F>
+inline constexpr bool kDraws = requires { typename F::Draw; };
+
 template <class T>
 FSGD_INLINE T identity(T x) {
   return x;

@@ -14,9 +14,6 @@ inline constexpr bool kInPairs = requires(const F& format, float (&x)[2]) { form
 // Whether elements are converted together, on their way to and from an array.
 template <class F>
 inline constexpr bool kStaged = requires { requires F::kConvertsMany; };
-// Whether what is stored depends on random bits, which are drawn together.
-template <class F>
-inline constexpr bool kDraws = requires { typename F::Draw; };
 
 // How a look at many elements can tell that none is large; and whether finite ones are loaded or stored faster.
 template <class F>
