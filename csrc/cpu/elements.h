@@ -79,15 +79,16 @@ class Loop {
   // Elements [begin, end). Where there are batches it begins with one, because chunks are whole batches.
   FSGD_INLINE void run(int64_t begin, int64_t end) const {
     Draws<P> draws(param_, end);
+    Look look{begin, end, false};
     if constexpr (kCallsAhead || kBatch > 1) {
       for (; begin + kStrip <= end; begin += kStrip) {
         if (kCallsAhead && begin + kAhead < end) call(begin + kAhead);
-        strip(begin, draws);
+        strip(begin, draws, look);
       }
     }
     if (begin == end) return;
     if constexpr (kInBlocks) {  // tensors in blocks are whole blocks
-      for (; begin < end; begin += M::kBlock) batch<M::kBlock>(begin, draws);
+      for (; begin < end; begin += M::kBlock) batch<M::kBlock>(begin, draws, look);
     } else if constexpr (kDraws<P>) {
       const Drawn drawn{param_, draws.of(begin, end - begin), begin};
       each<kStep, false>(param_, grad_, momentum_, drawn, momentum_, begin, end);
@@ -98,7 +99,11 @@ class Loop {
 
  private:
   static constexpr bool kInBlocks = K::kMomentum && M::kBlock > 1;
-  static constexpr int kBatch = std::max({kBatchOf<P>, kBatchOf<G>, kBatchOf<M>});
+  // Whether a look at elements to come can tell that what the rule makes of them is finite. Where none are drawn, it
+  // gives more than it costs if all columns are alike.
+  static constexpr bool kForesees = kTellsLarge<P> && kTellsLarge<G> && kTellsLarge<M> && kStoresFinite<P> &&
+                                    (kDraws<P> || (K::kMomentum && kAlike<P, G, M>));
+  static constexpr int kBatch = std::max({kBatchOf<P>, kBatchOf<G>, kBatchOf<M>, kForesees ? 128 : 1});
   static constexpr bool kStagesMomentum = K::kMomentum && kStaged<M>;
   static constexpr bool kArrayOfMomentum = kInBlocks || kStagesMomentum;
   static constexpr int kStep = kInPairs<P> && kInPairs<G> && (kInPairs<M> || kInBlocks) ? 2 : 1;  // two in one word
@@ -108,11 +113,16 @@ class Loop {
   static constexpr bool kNarrow = F::kBytes < 4 * F::kColumns;
   static constexpr bool kCallsAhead = kNarrow<P> || kNarrow<G> || (K::kMomentum && kNarrow<M>);
   static constexpr bool kSelects = kHasFma && kCallsAhead;
-  // Whether a look at a batch can tell that what the rule makes of it is finite. Where nothing is drawn it costs more
-  // than it gives.
-  static constexpr bool kForesees = kDraws<P> && kTellsLarge<P> && kTellsLarge<G> && kTellsLarge<M>;
   static constexpr int kStrip = kBatch > 1 ? kBatch : 32;  // elements that are called together
   static constexpr int kAhead = 512;                       // elements
+  static constexpr int kLook = kForesees ? 256 : kBatch;   // elements that one look takes in
+
+  // The last look at elements that were to come.
+  struct Look {
+    int64_t seen;  // elements before it
+    int64_t end;   // of all
+    bool finite;
+  };
 
   FSGD_INLINE void call(int64_t i) const {
     param_.template prefetch<kStrip>(i);
@@ -121,9 +131,9 @@ class Loop {
     if constexpr (K::kEma) Column<Acc>(ema_).template prefetch<kStrip>(i);
   }
 
-  FSGD_INLINE void strip(int64_t begin, Draws<P>& draws) const {
+  FSGD_INLINE void strip(int64_t begin, Draws<P>& draws, Look& look) const {
     if constexpr (kBatch > 1) {
-      batch<kBatch>(begin, draws);
+      batch<kBatch>(begin, draws, look);
     } else {
       each<kStep, false>(param_, grad_, momentum_, param_, momentum_, begin, begin + kStrip);
     }
@@ -155,9 +165,14 @@ class Loop {
 
   // Elements [first, first + n).
   template <int n>
-  FSGD_INLINE void batch(int64_t first, Draws<P>& draws) const {
+  FSGD_INLINE void batch(int64_t first, Draws<P>& draws, [[maybe_unused]] Look& look) const {
     if constexpr (kForesees || kInBlocks) {
-      if (is_finite<n>(first)) return batch<n, true>(first, draws);
+      if (first >= look.seen) {
+        const bool many = n < kLook && first + kLook <= look.end;
+        look.finite = many ? is_finite<kLook>(first) : is_finite<n>(first);
+        look.seen = first + (many ? kLook : n);
+      }
+      if (look.finite) return batch<n, true>(first, draws);
     }
     batch<n, false>(first, draws);
   }
@@ -212,7 +227,8 @@ class Loop {
       const Drawn drawn{stores<kFinite>(param_), draws.of(first, n), first};
       each<kStep, kFinite>(param, grad, momentum, drawn, stores<kFinite>(momentum), first, first + n);
     } else {
-      each<kStep, kFinite>(param, grad, momentum, param_out, momentum, first, first + n);
+      each<kStep, kFinite>(param, grad, momentum, stores<kFinite>(param_out), stores<kFinite>(momentum), first,
+                           first + n);
       if constexpr (kStaged<P>) {
         param_.store_pack(first, false, p);
         if constexpr (K::kEma) {

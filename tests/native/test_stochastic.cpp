@@ -214,9 +214,10 @@ int walks() {
   return failures;
 }
 
-// Between the largest finite bfloat16 and infinity a value is rounded to nearest, and NaN is NaN, whatever made them,
-// in loops that look at many elements before they round them; with a bfloat16 momentum those take two at a time.
-template <class M>
+// Between the largest finite bfloat16 and infinity a value is rounded to nearest, however others are, and NaN is NaN,
+// whatever made them, in loops that look at many elements before they round them; with a bfloat16 momentum those take
+// two at a time.
+template <class P, class M>
 int large_numbers() {
   using H = Hyperparameters<float>;
   constexpr int64_t n = 384;
@@ -241,11 +242,14 @@ int large_numbers() {
     single = whole;
     single_momentum = momentum;
     StochasticRecord record{1, 2, 3, 0};
-    void* columns[] = {whole.data(), &record, gradient.data(), momentum.data()};
-    void* single_columns[] = {single.data(), &record, gradient.data(), single_momentum.data()};
-    using Loop = cpu::Loop<StochasticBFloat16, BFloat16, M, cpu::Kind<true, false, cpu::Terms::Nesterov>>;
-    Loop(columns, h).run(0, n);
-    Loop(single_columns, h).by_element(0, n);
+    const auto columns = [&](std::vector<uint16_t>& params, auto& its_momentum) {
+      std::vector<void*> all{params.data(), gradient.data(), its_momentum.data()};
+      if (P::kColumns == 2) all.insert(all.begin() + 1, &record);
+      return all;
+    };
+    using Loop = cpu::Loop<P, BFloat16, M, cpu::Kind<true, false, cpu::Terms::Nesterov>>;
+    Loop(columns(whole, momentum).data(), h).run(0, n);
+    Loop(columns(single, single_momentum).data(), h).by_element(0, n);
     CHECK(whole == single);
     CHECK(std::memcmp(momentum.data(), single_momentum.data(), n * sizeof(momentum[0])) == 0);
     for (const uint16_t bits : whole) {
@@ -309,8 +313,9 @@ int large_numbers() {
   layout<Float16Case>();
   walks<BFloat16Case>();
   walks<Float16Case>();
-  large_numbers<Float32>();
-  large_numbers<BFloat16>();
+  large_numbers<StochasticBFloat16, Float32>();
+  large_numbers<StochasticBFloat16, BFloat16>();
+  large_numbers<BFloat16, BFloat16>();
   std::printf("stochastic: %d failures\n", failures);
   return failures;
 }
