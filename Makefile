@@ -19,9 +19,10 @@ VENV := .venv
 VENV_INTEGRATIONS := .venv-integrations
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-# Where there is an nvcc, the CUDA kernels are compiled and linked too, for one architecture: whatever torch is there.
+# Where there is an nvcc, the CUDA kernels are compiled and linked too, whatever torch is there: for this machine's GPUs,
+# or for one architecture.
 export FUSED_SGD_CUDA ?= $(if $(shell command -v nvcc),1,0)
-export FUSED_SGD_CUDA_ARCHS ?= 90
+export FUSED_SGD_CUDA_ARCHS ?= $(if $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null),auto,90)
 
 PACKAGE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard fused_sgd/*.py) \
            $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu)

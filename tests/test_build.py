@@ -64,20 +64,43 @@ def test_native(native_build: Path, test: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+ALL = "75 80 86 89 90 100 120"
+
+
 @pytest.mark.torch_free
-def test_a_build_for_several_architectures_knows_them_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "nvidia_smi", "built"),
+    [
+        ("80;90;100", "echo 8.6", "80 90 100"),
+        ("all", "echo 9.0", ALL),
+        ("auto", "echo 8.9; echo 9.0; echo 8.9", "89 90"),
+        ("auto", "printf '10.3\\r\\n12.1\\r\\n8.7\\r\\n'", "100 120 86"),  # they run code for these
+        ("auto", "echo 7.0; echo 9.0", "90"),  # too old
+        ("auto", "echo 9.0; echo 13.0", ALL),  # too new
+        ("auto", "echo 9.0; echo '[N/A]'", ALL),
+        ("auto", "echo 9.0; exit 9", ALL),
+        ("auto", "exit 0", ALL),
+        ("auto", None, ALL),
+    ],
+)
+def test_architectures_that_a_build_is_for(asked: str, nvidia_smi: str | None, built: str, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     cmake, path = build_tools()
-    environment = {"PATH": path, "FUSED_SGD_CUDA": "1", "FUSED_SGD_CUDA_ARCHS": "80;90;100"}
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{nvidia_smi or 'exit 127'}\n")
+    tool.chmod(0o755)
+    environment = {"PATH": f"{tool.parent}:{path}", "FUSED_SGD_CUDA": "1", "FUSED_SGD_CUDA_ARCHS": asked}
     configured = run(cmake, "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DFUSED_SGD_PYTHON=OFF", **environment)
     assert configured.returncode == 0, configured.stdout + configured.stderr
-    commands = {
-        entry["file"]: entry["command"] for entry in json.loads((tmp_path / "compile_commands.json").read_text())
-    }
-    words = shlex.split(commands[str(ROOT / "csrc" / "cuda" / "launch.cu")])
-    assert '-DFSGD_CUDA_ARCHITECTURES="80 90 100"' in words
-    assert sum("compute_" in word for word in words) == 3
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    cuda = [shlex.split(entry["command"]) for entry in commands if entry["file"].endswith(".cu")]
+    assert sum(f'-DFSGD_CUDA_ARCHITECTURES="{built}"' in words for words in cuda) == 1
+    assert sum(any(word.startswith("-DFSGD_PART=") for word in words) for words in cuda) == len(cuda) - 1
+    for words in cuda:
+        assert all(f"sm_{arch}" in " ".join(words) for arch in built.split())
+        assert sum("compute_" in word for word in words) == len(built.split())
 
 
 def test_the_module_has_the_kernels_it_was_built_for() -> None:

@@ -1,10 +1,9 @@
-// The kernels, and which of them a table gets. For nvcc alone: launch.cu includes it.
+// Which kernels there are, and which of them a table gets. For nvcc alone: launch.cu and kernels.cu include it.
 #pragma once
 
 #include "measure.h"
 
 namespace fused_sgd::cuda {
-namespace {
 
 // Combinations that have a kernel of their own, for tables of nothing else. The last number is how many blocks a
 // multiprocessor holds at least, which bounds the registers: as many as do without spills, where the table is in the
@@ -61,158 +60,84 @@ inline constexpr Lines kFloat32 = line_bit(Line_Float32_Float32_Float32),
                        kBFloat16 = line_bit(Line_BFloat16_BFloat16_BFloat16);
 constexpr bool is_common(Lines lines) { return lines == kFloat32 || lines == kBFloat16; }
 
-constexpr int blocks_at_once(Lines lines, bool ema, bool table_in_memory) {
-  switch (bits_of(lines)) {
-#define FSGD_BLOCKS(P, G, M, blocks)            \
-  case bits_of(line_bit(Line_##P##_##G##_##M)): \
-    return ema || (table_in_memory && !is_common(lines)) ? blocks - 1 : blocks;
-    FSGD_OWN_KERNELS(FSGD_BLOCKS)
-#undef FSGD_BLOCKS
-#define FSGD_BLOCKS(A, B, blocks) \
-  case bits_of(FSGD_PAIR(A, B)):  \
-    return blocks;
-    FSGD_PAIR_KERNELS(FSGD_BLOCKS)
-#undef FSGD_BLOCKS
-    default:
-      return ema ? 1 : 2;
-  }
-}
-
-// Where steps are counted, the last block does it in the end. Every block adds itself to the ticket as soon as it has
-// read the counts (walk.h): the last block finds them all, but for those that began with it, and no other waits for
-// anything. Blocks begin in their order, and others end beside one that waits. There is no fence: a count was read when
-// it stood in shared memory, before the block's barrier.
-//
-// Two steps that overlap, on streams without an order, have one ticket. They may count too early; but what each of them
-// adds it takes away, so that neither waits for ever.
-__device__ __forceinline__ void count_steps_in_last_block(const Table& table) {
-  uint32_t* ticket = table.scalars.ticket;
-  if (ticket == nullptr || blockIdx.x != gridDim.x - 1 || skips(table.scalars)) return;
-  if (threadIdx.x == 0) {
-    while (*static_cast<volatile uint32_t*>(ticket) < gridDim.x) __nanosleep(50);
-    atomicSub(ticket, gridDim.x);
-  }
-  __syncthreads();
-  count_steps_thread(table, threadIdx.x);
-}
-
-// (A kernel's lines are a number, since nvcc does not write the enumeration's name as it should.)
-template <uint64_t kBits, bool kEma, std::size_t kCapacity>
-__global__ __launch_bounds__(kThreads, blocks_at_once(Lines{kBits}, kEma, kCapacity == 0)) void sgd_step(
-    const __grid_constant__ Arguments<kCapacity> arguments) {
-  constexpr Lines kLines{kBits};
-  const Table table = arguments.table();
-  const uint32_t block = arguments.head.reversed != 0 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  walk_thread<kLines, kEma, kCapacity == 0>(table, block, threadIdx.x);
-  if constexpr ((kLines & kCountingLines) != Lines::None) {
-    count_steps_in_last_block(table);
-  }
-}
-
-// Runs a phase of measure.h: this thread's part, then a barrier.
-struct Phase {
-  template <class F>
-  __device__ __forceinline__ void operator()(F f) const {
-    f(threadIdx.x);
-    __syncthreads();
-  }
-};
-
-template <uint64_t kBits, std::size_t kCapacity>
-__global__ __launch_bounds__(kMeasureThreads, is_common(Lines{kBits}) ? kNorms : 4) void measure_gradients(
-    const __grid_constant__ Arguments<kCapacity> arguments) {
-  __shared__ BlockMemory memory;
-  measure_block<Lines{kBits}, kCapacity == 0>(arguments.table(), arguments.head.sums, blockIdx.x, memory, Phase());
-}
-
-// How a table travels (arguments.h), by its size.
 struct Kernel {
   Lines lines;
-  std::size_t capacity;
+  std::size_t capacity;  // how a table travels (arguments.h), by its size
+  bool measures;         // the first pass, and not the step
+  bool has_ema;          // of the step: whether some row has an average
 };
 
 // The kernel that a table gets.
-Kernel kernel_for(const TablePacker& packer, bool measures) {
+inline Kernel kernel_for(const TablePacker& packer, bool measures) {
   const Lines lines = packer.lines();
+  const bool ema = !measures && packer.has_ema();
   const std::size_t bytes = argument_bytes(packer);
   const std::size_t capacity = bytes <= kSmallCapacity ? kSmallCapacity : bytes <= kLargeCapacity ? kLargeCapacity : 0;
   // Where a kernel is not worth compiling for both, small tables take the large arguments.
   const std::size_t large = bytes <= kLargeCapacity ? kLargeCapacity : 0;
-  if (is_common(lines)) return {lines, capacity};
-  if (!measures && !packer.has_ema()) {
+  if (is_common(lines)) return {lines, capacity, measures, ema};
+  if (!measures && !ema) {
     switch (bits_of(lines)) {
 #define FSGD_OWN(P, G, M, blocks) case bits_of(line_bit(Line_##P##_##G##_##M)):
       FSGD_OWN_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
-      return {lines, capacity};
+      return {lines, capacity, measures, ema};
 #define FSGD_OWN(A, B, blocks) case bits_of(FSGD_PAIR(A, B)):
       FSGD_PAIR_KERNELS(FSGD_OWN)
 #undef FSGD_OWN
-      if (large != 0) return {lines, large};
+      if (large != 0) return {lines, large, measures, ema};
     }
   }
-  if ((lines & kPlainLines) == lines) return {kPlainLines, capacity};
-  return {kAllLines, large};
+  if ((lines & kPlainLines) == lines) return {kPlainLines, capacity, measures, ema};
+  return {kAllLines, large, measures, ema};
 }
 
-// Which kernels there are: kernel_for() asks for no other.
-constexpr bool is_compiled(Lines lines, std::size_t capacity, bool measures, bool ema) {
-  if (is_common(lines) || lines == kPlainLines) return true;
-  if (lines == kAllLines) return capacity != kSmallCapacity;
-  return !measures && !ema && (only_line(lines) >= 0 || capacity == kLargeCapacity);
-}
+// The parts of kernels.cu, which are compiled side by side: CMakeLists.txt lists them, too.
+#define FSGD_PARTS(X) \
+  X(Own) X(Plain) X(PlainWithAverages) X(AllNear) X(AllFar) X(AllNearWithAverages) X(AllFarWithAverages) X(Norms)
 
-template <Lines kLines, bool kEma, std::size_t kCapacity>
-const void* step_kernel_of() {
-  if constexpr (is_compiled(kLines, kCapacity, false, kEma)) {
-    return reinterpret_cast<const void*>(&sgd_step<bits_of(kLines), kEma, kCapacity>);
-  } else {
-    return nullptr;
+enum class Part {
+  None,  // not compiled: kernel_for() does not ask for it
+#define FSGD_PART_NAME(part) part,
+  FSGD_PARTS(FSGD_PART_NAME)
+#undef FSGD_PART_NAME
+};
+
+constexpr Part part_of(const Kernel& kernel) {
+  const bool far = kernel.capacity == 0;
+  if (kernel.lines == kAllLines && kernel.capacity == kSmallCapacity) return Part::None;
+  if (kernel.measures) {
+    return kernel.lines == kAllLines || kernel.lines == kPlainLines || is_common(kernel.lines) ? Part::Norms
+                                                                                               : Part::None;
   }
-}
-
-template <bool kEma, std::size_t kCapacity>
-const void* step_kernel(Lines lines) {
-  switch (bits_of(lines)) {
-#define FSGD_OWN(P, G, M, blocks)               \
-  case bits_of(line_bit(Line_##P##_##G##_##M)): \
-    return step_kernel_of<line_bit(Line_##P##_##G##_##M), kEma, kCapacity>();
-    FSGD_OWN_KERNELS(FSGD_OWN)
-#undef FSGD_OWN
-#define FSGD_OWN(A, B, blocks)   \
-  case bits_of(FSGD_PAIR(A, B)): \
-    return step_kernel_of<FSGD_PAIR(A, B), kEma, kCapacity>();
-    FSGD_PAIR_KERNELS(FSGD_OWN)
-#undef FSGD_OWN
-    case bits_of(kPlainLines):
-      return step_kernel_of<kPlainLines, kEma, kCapacity>();
-    default:
-      return step_kernel_of<kAllLines, kEma, kCapacity>();
+  if (kernel.lines == kAllLines) {
+    if (kernel.has_ema) return far ? Part::AllFarWithAverages : Part::AllNearWithAverages;
+    return far ? Part::AllFar : Part::AllNear;
   }
+  if (kernel.lines == kPlainLines) return kernel.has_ema ? Part::PlainWithAverages : Part::Plain;
+  if (is_common(kernel.lines)) return Part::Own;
+  const bool alone = only_line(kernel.lines) >= 0;
+  return !kernel.has_ema && (alone || kernel.capacity == kLargeCapacity) ? Part::Own : Part::None;
 }
 
-template <Lines kLines, std::size_t kCapacity>
-const void* measure_kernel_of() {
-  if constexpr (is_compiled(kLines, kCapacity, true, false)) {
-    return reinterpret_cast<const void*>(&measure_gradients<bits_of(kLines), kCapacity>);
-  } else {
-    return nullptr;
-  }
-}
+// A kernel of each part. Each part is a module, which the runtime loads when the first of its kernels is asked for.
+inline constexpr Kernel kOfEachPart[] = {
+    {kFloat32, kSmallCapacity, false, false},
+    {kPlainLines, kSmallCapacity, false, false},
+    {kPlainLines, kSmallCapacity, false, true},
+    {kAllLines, kLargeCapacity, false, false},
+    {kAllLines, 0, false, false},
+    {kAllLines, kLargeCapacity, false, true},
+    {kAllLines, 0, false, true},
+    {kFloat32, kSmallCapacity, true, false},
+};
+#define FSGD_IS_THERE(part) static_assert(part_of(kOfEachPart[static_cast<int>(Part::part) - 1]) == Part::part);
+FSGD_PARTS(FSGD_IS_THERE)
+#undef FSGD_IS_THERE
 
-template <std::size_t kCapacity>
-const void* measure_kernel(Lines lines) {
-  switch (bits_of(lines)) {
-    case bits_of(kFloat32):
-      return measure_kernel_of<kFloat32, kCapacity>();
-    case bits_of(kBFloat16):
-      return measure_kernel_of<kBFloat16, kCapacity>();
-    case bits_of(kPlainLines):
-      return measure_kernel_of<kPlainLines, kCapacity>();
-    default:
-      return measure_kernel_of<kAllLines, kCapacity>();
-  }
-}
+// A part's kernels: what cudaLaunchKernel() takes. (Defined by kernels.cu, once per part.)
+#define FSGD_DECLARE_FIND(part) const void* find_in_##part(const Kernel& kernel);
+FSGD_PARTS(FSGD_DECLARE_FIND)
+#undef FSGD_DECLARE_FIND
 
-}  // namespace
 }  // namespace fused_sgd::cuda

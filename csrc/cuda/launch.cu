@@ -47,6 +47,22 @@ void outside_capture(int device, const char* what, Work work) {
   (void)cudaStreamDestroy(stream);
 }
 
+const void* code_of(const Kernel& kernel) {
+  const void* code = nullptr;
+  switch (part_of(kernel)) {
+#define FSGD_FIND(part)            \
+  case Part::part:                 \
+    code = find_in_##part(kernel); \
+    break;
+    FSGD_PARTS(FSGD_FIND)
+#undef FSGD_FIND
+    case Part::None:
+      break;
+  }
+  if (code == nullptr) throw std::logic_error("fused_sgd: no such kernel was compiled");
+  return code;
+}
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), device, "asking for an attribute of the device");
@@ -217,11 +233,8 @@ void Launcher::run(bool measures, const TablePacker& packer, const Scalars& scal
   const dim3 blocks(measures ? (chunks + kMeasureChunks - 1) / kMeasureChunks : chunks);
   const dim3 threads(measures ? kMeasureThreads : kThreads);
   const Kernel kernel = kernel_for(packer, measures);
-  const bool ema = packer.has_ema();
+  const void* code = code_of(kernel);
   const auto go = [&]<std::size_t kCapacity>(Arguments<kCapacity>& arguments) {
-    const void* code = measures ? measure_kernel<kCapacity>(kernel.lines)
-                       : ema    ? step_kernel<true, kCapacity>(kernel.lines)
-                                : step_kernel<false, kCapacity>(kernel.lines);
     void* pointers[] = {&arguments};
     check(cudaLaunchKernel(code, blocks, threads, pointers, 0, stream), device_,
           measures ? "launching the norms" : "launching the step");
@@ -255,12 +268,18 @@ std::string obstacle(int device) {
   try {
     const auto capability = std::to_string(attribute(cudaDevAttrComputeCapabilityMajor, device)) + "." +
                             std::to_string(attribute(cudaDevAttrComputeCapabilityMinor, device));
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<false, 0>(kAllLines));
+    // All modules are loaded here: later, a launch that had to load its own could wait for the device.
+    const RelaxedCapture relaxed;
+    cudaError_t error = cudaSuccess;
+    for (const Kernel& kernel : kOfEachPart) {
+      cudaFuncAttributes attributes;
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, code_of(kernel));
+    }
     if (error == cudaSuccess) return known[device] = "";
     (void)cudaGetLastError();
     return known[device] = "cuda:" + std::to_string(device) + " has compute capability " + capability +
-                           ", the kernels were built for " + architectures() + " (" + cudaGetErrorName(error) + ")";
+                           ", the kernels were built for " + architectures() + " (" + cudaGetErrorName(error) +
+                           "): build on this machine, or with FUSED_SGD_CUDA_ARCHS=all";
   } catch (const std::runtime_error& error) {  // no driver, no such device; not remembered
     return error.what();
   }

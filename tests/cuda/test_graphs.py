@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -62,6 +64,32 @@ def test_replays_equal_steps(count: int, eager_steps: int, nesterov: bool) -> No
         graph.replay()
         theirs.step()
         assert_same(mine, theirs, params, expected, f"at step {step}")
+
+
+FIRST_STEP = """
+import torch
+from fused_sgd import FusedSGD
+kinds = {kinds}
+params = [torch.ones(100, device="cuda", dtype=kind, requires_grad=True) for kind in kinds]
+for p in params:
+    p.grad = torch.ones_like(p)
+optimizer = FusedSGD(params, lr=0.5, momentum=0.9, fused=True, {options})
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    optimizer.step()
+assert all((p == 1).all() for p in params)
+graph.replay()
+assert all((p == 0.5).all() for p in params), params
+"""
+
+
+@pytest.mark.parametrize("kinds", ["[torch.float32]", "[torch.float32, torch.float16]"])
+@pytest.mark.parametrize("options", ["", "max_grad_norm=1e9", "ema_decay=0.9"])
+def test_the_first_step_of_a_process_can_be_captured(kinds: str, options: str) -> None:
+    """Nothing is left to be loaded by a launch, whatever kernel it takes."""
+    code = FIRST_STEP.format(kinds=kinds, options=options)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 @COUNTS

@@ -220,7 +220,7 @@ int walks() {
 template <class P, class M>
 int large_numbers() {
   using H = Hyperparameters<float>;
-  constexpr int64_t n = 384;
+  constexpr int64_t n = 3 * 128 + 77;
   constexpr float kLarge = 3.395e38f;
   const auto element = [](float x) {
     if constexpr (std::is_same_v<M, Float32>) {
@@ -264,8 +264,8 @@ int large_numbers() {
   const H usual(group, Scalars{}, 0);
   check(usual, 1, 1, 1, 0, n);
   for (const float large : {kLarge, -kLarge, 3e38f, 0x1p41f, INFINITY, NAN, unset_value(float())}) {
-    for (const int64_t count : {int64_t{1}, n}) {
-      const int64_t where = count == 1 ? 200 : 0;
+    for (const int64_t where : {0, 127, 128, 255, 256, 383, 384, 447, 460}) {
+      const int64_t count = where == 0 ? n : 1;
       check(usual, large, 0, 0, where, count);
       check(usual, 0, large, 0, where, count);
       check(usual, 0, 0, large, where, count);
