@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fused_sgd._judge import choose, name_of, state_tensors
+from fused_sgd._judge import choose, name_of, refusal, state_tensors
 from fused_sgd._precision import Group, storage
 from torch import Tensor
 
@@ -16,7 +16,7 @@ class Row(NamedTuple):
     group: int
     device: str
     dtype: str  # parameter's; the gradient's and momentum buffer's too where they differ
-    path: str
+    path: str  # "none" where step() would refuse the parameter
     reason: str
     parameters: int
     names: tuple[str, ...]  # of all of them
@@ -46,7 +46,9 @@ def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
     for number, group in enumerate(groups):
         for index, param in enumerate(group["params"]):
             kept = state_tensors(group, param, state)
-            path, reason, *_ = choose(group, param, param.grad, kept)
+            path, reason = "none", refusal(group, param, param.grad)
+            if not reason:
+                path, reason, *_ = choose(group, param, param.grad, kept)
             if param.grad is None:
                 reason = f"provisional: no gradient yet{'; ' if reason else ''}{reason}"
             key = (number, str(param.device), _dtypes(group, param, kept.get("momentum_buffer")), path, reason)

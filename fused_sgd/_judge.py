@@ -96,8 +96,7 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
     grad = gradient(param)
     check_foreach(options, f" (param group {group})")
     kept = state_tensors(options, param, state)
-    problem = _unsound(options, param, grad, kept) or _left_over(options, param, grad, kept, state)
-    if problem:
+    if problem := _unsound(options, param, grad, kept) or _left_over(options, param, grad, kept, state):
         raise RuntimeError(f"{place(groups, group, index)}: {problem}")
     judgement = choose(options, param, grad, kept)
     in_float32 = param.dtype not in (torch.float64, torch.complex128)
@@ -109,6 +108,11 @@ def judge(groups: list[Group], group: int, index: int, state: dict[Tensor, Any])
             " Use fused=None to let such parameters take the reference path."
         )
     return judgement
+
+
+def refusal(options: Group, param: Tensor, grad: Tensor | None) -> str:
+    """Why no path takes a parameter, whatever its state, or an empty string; ``grad`` is None for a forecast."""
+    return unsound_options(options, param, grad) if grad is None else _unsound(options, param, grad, {})
 
 
 def choose(options: Group, param: Tensor, grad: Tensor | None, kept: dict[str, Tensor | None]) -> Judgement:

@@ -212,7 +212,8 @@ class FusedSGD(Settling):
 
         Returns:
             Rows of ``(group, device, dtype, path, reason, parameters, names)``, to be read or printed. Rows of
-            parameters that have no gradient yet are provisional, and say so.
+            parameters that have no gradient yet are provisional, and say so. Where a step would refuse a
+            parameter, its gradient or the options for it, the path is ``"none"`` and the reason the error's.
         """
         return explain(self.param_groups, self.state)
 

@@ -108,6 +108,20 @@ def test_sparse_gradients_are_refused(options: dict[str, Any], fused: bool | Non
     refused(optimizer, "param group 0, parameter 1 .*not support sparse gradients")
 
 
+def test_explain_tells_what_a_step_refuses() -> None:
+    narrow, sparse = make_params([(3, 64), (3, 64)], torch.bfloat16)
+    set_grads([narrow, sparse], seed=0)
+    sparse.grad = sparse.grad.to_sparse()
+    optimizer = FusedSGD([narrow, sparse], lr=0.1, master_weights="split")
+    fine, wrong = optimizer.explain()
+    assert (fine.path, wrong.path) == ("kernel", "none")
+    refused(optimizer, wrong.reason)
+    half = make_params([(3, 64)], torch.float16)
+    (row,) = FusedSGD(half, lr=0.1, master_weights="split").explain()
+    assert row.path == "none"
+    assert "is for bfloat16" in row.reason
+
+
 def test_no_kernel_for_a_combination() -> None:
     """fused=True says which; fused=None takes the reference."""
     params = make_params([(3, 64)], torch.float64)

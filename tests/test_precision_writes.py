@@ -106,6 +106,24 @@ def test_zeros_and_infinities_written_into_a_split_parameter_stay(value: float, 
         assert (p == value).all()
 
 
+@FUSED
+def test_what_is_written_into_a_split_parameter_is_exact_without_the_remainder(fused: bool) -> None:
+    """docs/precision.md says what stays of one, and how to be rid of it."""
+    p = make_params([(6, 64)], torch.bfloat16)[0]
+    mine = FusedSGD([p], lr=0.1, master_weights="split", ema_decay=0.0, fused=fused)
+    train(mine, [p], range(3))
+    with torch.no_grad():
+        p.fill_(1.0)
+    p.grad = torch.zeros_like(p)
+    mine.step()
+    exact = mine.state[p]["ema"]  # without decay it is the weight
+    assert (p == 1).all()
+    assert 0 < (exact - 1).abs().max() <= 2.0**-8
+    mine.state[p]["remainder"].zero_()
+    mine.step()
+    assert (mine.state[p]["ema"] == 1).all()
+
+
 def test_masters_are_not_refreshed_inside_swap_ema() -> None:
     p = make_params([(6, 64)], torch.bfloat16)[0]
     mine = FusedSGD([p], lr=0.1, master_weights="float32", ema_decay=0.9)
