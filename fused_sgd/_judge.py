@@ -6,6 +6,7 @@ fingerprints, so this runs on a parameter's first step and when something about 
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, NamedTuple
 
 import torch
@@ -205,7 +206,7 @@ def _left_over(
 def unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
     """What is wrong with a tensor of a parameter's state, or an empty string."""
     if not isinstance(tensor, Tensor):
-        return f"its {key} is {tensor!r}, no tensor"
+        return f"its {key} is {reprlib.repr(tensor)}, no tensor"
     shape = {"momentum_scale": lambda: scale_shape(param), "rounding": lambda: torch.Size((4,))}
     if tensor.shape != (shape[key]() if key in shape else param.shape):
         return f"its {key} has another shape ({describe(tensor)}); was it loaded from another model, or resized?"
@@ -216,7 +217,7 @@ def unsound_state(key: str, tensor: Tensor, param: Tensor, grad: Tensor) -> str:
         if not is_number or tensor.is_complex() != param.is_complex():
             return f"its {key} has a dtype that cannot hold it ({describe(tensor)})"
     elif tensor.dtype != (dtype := STATE_DTYPES.get(key, average_dtype(param.dtype))):
-        return f"its {key} must be {dtype} ({describe(tensor)})"
+        return f"its {key} must be {dtype} ({describe(tensor)}); convert it in the state, or delete it to begin anew"
     if key not in _ELEMENTWISE and not local(tensor).is_contiguous():
         return f"its {key} is not contiguous ({describe(tensor)})"
     if tensor.is_sparse and not grad.is_sparse:
