@@ -49,6 +49,8 @@ def explain(groups: list[Group], state: dict[Tensor, Any]) -> Explanation:
             path, reason = "none", refusal(group, param, param.grad)
             if not reason:
                 path, reason, *_ = choose(group, param, param.grad, kept)
+                if group["fused"] and path != "kernel":
+                    path, reason = "none", f"fused=True cannot be honoured: {reason}"
             if param.grad is None:
                 reason = f"provisional: no gradient yet{'; ' if reason else ''}{reason}"
             key = (number, str(param.device), _dtypes(group, param, kept.get("momentum_buffer")), path, reason)

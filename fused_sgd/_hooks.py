@@ -10,7 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from fused_sgd._native import C
+from torch.compiler import is_dynamo_compiling
 from torch.optim import optimizer
 from torch.optim.optimizer import Optimizer
 
@@ -24,9 +26,27 @@ else:
         return True
 
 
-def with_hooks(step: Step) -> Step:
-    """``step`` as :meth:`torch.optim.Optimizer.profile_hook_step` makes it, but free while nobody looks on."""
-    watched = Optimizer.profile_hook_step(step)
+_dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def outside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, of which Dynamo compiles nothing."""
+    # What torch.optim does. torch.compiler.disable() would import Dynamo now, which takes a second.
+    disabled: Callable[..., Any] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return disabled
+
+
+def with_hooks(traced: Callable[..., Any]) -> Callable[[Step], Step]:
+    """Makes a ``step`` what :meth:`torch.optim.Optimizer.profile_hook_step` makes it, but free while nobody looks on.
+
+    Under torch.compile it is ``traced`` that is called.
+    """
+    return functools.partial(_with_hooks, traced)
+
+
+def _with_hooks(traced: Callable[..., Any], step: Step) -> Step:
+    watched, traced_and_watched = Optimizer.profile_hook_step(step), Optimizer.profile_hook_step(traced)
+    step_outside, watched_outside = outside_dynamo(step), outside_dynamo(watched)
     global_before, global_after = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
 
     def is_torchs(outer: Callable[..., Any]) -> bool:
@@ -36,14 +56,14 @@ def with_hooks(step: Step) -> Step:
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
-        anyone = (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or global_before
-            or global_after
-            or _is_recording()
-        )
-        if anyone and not is_torchs(type(self).step):
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or global_before or global_after
+        if is_dynamo_compiling():
+            watch = hooks and not is_torchs(type(self).step)
+            return traced_and_watched(*args, **kwargs) if watch else traced(*args, **kwargs)
+        if _dynamo_callback() is not None:
+            outside = step_outside if is_torchs(type(self).step) else watched_outside
+            return outside(*args, **kwargs)
+        if (hooks or _is_recording()) and not is_torchs(type(self).step):
             return watched(*args, **kwargs)
         return step(*args, **kwargs)
 

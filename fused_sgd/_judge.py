@@ -186,6 +186,9 @@ def _unsound(options: Group, param: Tensor, grad: Tensor, kept: dict[str, Tensor
     for key, tensor in kept.items():
         if tensor is not None and (problem := unsound_state(key, tensor, param, grad)):
             return problem
+    for key, other in (("momentum_codes", "momentum_scale"), ("momentum_scale", "momentum_codes")):
+        if kept.get(key) is not None and kept.get(other) is None:
+            return f"its {other} is missing in the state, where its {key} is; delete that to begin anew"
     return ""
 
 

@@ -135,6 +135,18 @@ def refresh_master(param: Tensor, master: Tensor) -> None:
         m.copy_(torch.where(same, m, p.to(m.dtype)))
 
 
+def exact_weights(param: Tensor, master: Tensor | None, remainder: Tensor | None) -> Tensor:
+    """The float32 weights of a narrow parameter, as a tensor of their own; its value where it has neither."""
+    with torch.no_grad():
+        if remainder is not None:
+            return placed_like(param, split_join(local(param.detach()), local(remainder)))
+        if master is None:
+            return param.detach().to(torch.float32)
+        weights = master.clone()
+        refresh_master(param, weights)
+        return weights
+
+
 def round_stochastically(x: Tensor, param: Tensor, rounding: Tensor) -> Tensor:
     """Float32 values for a parameter, whose elements take their random bits in the order of memory."""
     seed, id_, step, _ = rounding.tolist()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from fused_sgd._checkpoint import OFF, PATH_KEYS, STORAGE_KEYS, Shared, as_saved, unpack, without_unset_momentum
 from fused_sgd._explain import Explanation, explain
-from fused_sgd._hooks import with_hooks
+from fused_sgd._hooks import outside_dynamo, with_hooks
 from fused_sgd._hyperparameters import (
     check_defaults,
     check_duplicates,
@@ -19,17 +18,17 @@ from fused_sgd._hyperparameters import (
     check_path,
     check_same,
 )
-from fused_sgd._judge import place, state_tensor, unsound_state
 from fused_sgd._native import C
 from fused_sgd._norms import make_reduce
-from fused_sgd._settling import Settling, overflowed, plan_step
+from fused_sgd._settling import overflowed, plan_step
 from fused_sgd._state import State
-from fused_sgd.reference import is_unset
+from fused_sgd._traced import Traced
+from fused_sgd._weights import Weights
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 
-class FusedSGD(Settling):
+class FusedSGD(Traced, Weights):
     r"""Stochastic gradient descent, with the bits of :class:`torch.optim.SGD` and one pass for the whole model.
 
     A replacement for :class:`torch.optim.SGD`: same arguments, same defaults, same state. In float32 and float64 the
@@ -140,6 +139,7 @@ class FusedSGD(Settling):
         self._skipped = 0
         self._found = None
         self._holds_averages = False
+        self._take_handle()
         super().__init__(params, defaults)
         self.state = State(self._plan, self.state)
 
@@ -170,7 +170,7 @@ class FusedSGD(Settling):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @with_hooks
+    @with_hooks(Traced._traced_step)
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step.
 
@@ -206,6 +206,9 @@ class FusedSGD(Settling):
             self._forget_norms()
             raise
         return loss
+
+    _step_itself = step.__wrapped__  # type: ignore[attr-defined]
+    _step_outside = outside_dynamo(_step_itself)
 
     def explain(self) -> Explanation:
         """Which path each parameter takes, in which storage format, and why.
@@ -275,60 +278,6 @@ class FusedSGD(Settling):
         on_gpus = [] if self._plan is None else self._plan.skipped_steps()
         return self._skipped + sum(int(count) for count in on_gpus)
 
-    @contextlib.contextmanager
-    def swap_ema(self) -> Iterator[None]:
-        """Puts the averages into the parameters, in place; afterwards the parameters are what they were, to the bit.
-
-        For evaluation: ``with optimizer.swap_ema(): evaluate(model)``. Parameters that have no average yet, and those
-        of groups without ``ema_decay``, keep their values. Takes as much more memory as the parameters.
-
-        Raises:
-            RuntimeError: no param group has an ``ema_decay``; and inside it, for another ``swap_ema()``, ``step()``,
-                ``state_dict()``, ``load_state_dict()``, ``refresh_master_weights()`` and copies of the optimizer.
-        """
-        self._refuse_averages("swap_ema()")
-        if all(options["ema_decay"] is None for options in self.param_groups):
-            raise RuntimeError("swap_ema() needs averages, which the option `ema_decay` keeps")
-        averaged = []
-        for number, options in enumerate(self.param_groups):
-            for index, param in enumerate(options["params"] if options["ema_decay"] is not None else ()):
-                average = state_tensor(self.state, param, "ema")
-                if average is None:
-                    continue
-                if problem := unsound_state("ema", average, param, param):
-                    raise RuntimeError(f"{place(self.param_groups, number, index)}: {problem}")
-                averaged.append((param, average, param.detach().clone()))
-        self._holds_averages = True
-        try:
-            with torch.no_grad():
-                for param, average, kept in averaged:
-                    param.copy_(torch.where(is_unset(average), kept.to(average.dtype), average))
-            yield
-        finally:
-            self._holds_averages = False
-            with torch.no_grad(), contextlib.ExitStack() as restoring:  # all of them, whatever was done to one inside
-                for param, _, kept in averaged:
-                    restoring.callback(param.copy_, kept)
-
-    def _refuse_averages(self, what: str) -> None:
-        if self._holds_averages:
-            raise RuntimeError(f"{what} inside swap_ema(): the model holds the averages, not what is trained")
-
-    def refresh_master_weights(self) -> None:
-        """Takes over what was written into parameters behind autograd's back, by edits of ``.data``.
-
-        Everything else is seen by itself. Where a float32 master does not round to its parameter, it becomes the
-        parameter's value. (With ``master_weights="split"`` the parameter is a part of the master, and edits of it count
-        at once.)
-
-        Raises:
-            RuntimeError: inside :meth:`swap_ema`, where parameters hold what is no master's.
-        """
-        self._refuse_averages("refresh_master_weights()")
-        for group, options in enumerate(self.param_groups):
-            for index in range(len(options["params"])):
-                self._refresh(group, index)
-
     # --- Copies and checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -353,9 +302,23 @@ class FusedSGD(Settling):
         ``master_weights``, ``stochastic_rounding`` and ``ema_decay``. What was saved in another format than they ask
         for is converted, and a warning says what: momentum now, master weights with the next step, when the model must
         have been loaded, too. What another optimizer has cast on the way is dropped, with a warning.
+
+        Raises:
+            ValueError: the checkpoint is of another model; or it has decoupled weight decay, and this is FusedLARS.
+            RuntimeError: inside :meth:`swap_ema`.
         """
         self._refuse_averages("load_state_dict()")
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: as_saved(state))
+
+        def prepare(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+            if "trust_coeff" in self.defaults and any(
+                group.get("decoupled_weight_decay") for group in state["param_groups"]
+            ):
+                raise ValueError(
+                    "the checkpoint has `decoupled_weight_decay`, which a trust ratio excludes: load it into a FusedSGD"
+                )
+            return as_saved(state)
+
+        handle = self.register_load_state_dict_pre_hook(prepare)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -388,6 +351,7 @@ class FusedSGD(Settling):
             self.norm_process_group = self.norm_process_group.it
             self._plan = None if C is None else C.Plan()
             self._holds_averages = False
+            self._take_handle()
         elif self._plan is not None:
             self._plan.forget()  # but not what a CUDA graph may have kept of it
         self._forget_norms()

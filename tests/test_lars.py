@@ -217,6 +217,21 @@ def test_a_checkpoint_of_lars_leaves_nothing_of_it_in_sgd(fused: bool) -> None:
     assert same_bits(p, q)
 
 
+def test_a_checkpoint_with_decoupled_decay_is_refused_by_lars() -> None:
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    (p,), (q,) = make_params([(5,)]), make_params([(5,)])
+    set_grads([p], [q], seed=0)
+    sgdw, lars = FusedSGD([p], decoupled_weight_decay=True, **options), FusedLARS([q], **options)
+    sgdw.step()
+    lars.step()
+    unchanged, groups = snapshot(lars), {**lars.param_groups[0]}
+    with pytest.raises(ValueError, match="decoupled_weight_decay"):
+        lars.load_state_dict(sgdw.state_dict())
+    unchanged()
+    assert lars.param_groups[0] == groups
+    lars.step()
+
+
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 

@@ -214,18 +214,11 @@ def test_explain_before_and_after_gradients(device: str) -> None:
     assert "gradient in other strides, through a copy" in str(optimizer.explain())
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")  # it leaves the graph there
-def test_a_compiled_step_gives_the_same_bits() -> None:
-    params = make_params([(5,), (7, 3)])
-    expected = copies(params)
-    mine = FusedSGD(params, lr=0.1, momentum=0.9)
-    theirs = torch.optim.SGD(expected, lr=0.1, momentum=0.9)
-    step = torch.compile(mine.step, backend="eager")
-    for number in range(3):
-        set_grads(params, expected, seed=number)
-        step()
-        theirs.step()
-    assert_same(mine, theirs, params, expected)
+def test_explain_tells_what_fused_true_would_refuse() -> None:
+    (param,) = make_params([(5, 3)])
+    param.grad = torch.ones(5, 3).to_sparse()
+    optimizer = FusedSGD([param], lr=0.1, fused=True)
+    assert paths(optimizer) == [("none", "fused=True cannot be honoured: the gradient is sparse (torch.sparse_coo)")]
 
 
 @pytest.mark.parametrize("inference", [False, True])

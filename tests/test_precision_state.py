@@ -9,10 +9,10 @@ import pytest
 import torch
 from fused_sgd import FusedSGD
 from fused_sgd.reference import fill_unset
-from precision_support import EACH_MODE, FUSED, MODES, SHAPES, assert_alike, saved_and_loaded, train
+from precision_support import EACH_MODE, FUSED, MASTERS, MODES, SHAPES, assert_alike, saved_and_loaded, train
 from torch import Tensor
 
-from support import Params, copies, make_params, same_bits, set_grads
+from support import Params, copies, make_params, same_bits, set_grads, snapshot
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -259,3 +259,69 @@ def test_the_default_device_does_not_matter(options: dict[str, Any], fused: bool
             mine.step()
         theirs.step()
     assert same_bits(params[0], expected[0])
+
+
+@FUSED
+@pytest.mark.parametrize(("masters", "dtype"), MASTERS)
+def test_master_weights_are_those_of_float32_training(masters: Any, dtype: torch.dtype, fused: bool) -> None:
+    params = make_params(SHAPES, dtype)
+    expected = [param.detach().float().requires_grad_() for param in params]
+    other = make_params([(5,)], torch.float32)
+    mine = FusedSGD([*params, *other], lr=0.1, momentum=0.9, fused=fused, master_weights=masters)
+    theirs = torch.optim.SGD(expected, lr=0.1, momentum=0.9, foreach=False)
+    weights = mine.master_weights()
+    assert [*weights] == params  # before a step, too, and without the one that needs no master
+    for step in range(3):
+        for param, exact in zip(params, expected, strict=True):
+            assert same_bits(weights[param], exact)
+        set_grads(params, seed=step)
+        for param, exact in zip(params, expected, strict=True):
+            assert param.grad is not None
+            exact.grad = param.grad.float()
+        mine.step()
+        theirs.step()
+        weights = mine.master_weights()
+    for weight in weights.values():
+        weight.zero_()  # they are copies
+    weights = mine.master_weights()
+    assert all(same_bits(weights[param], exact) for param, exact in zip(params, expected, strict=True))
+
+
+@FUSED
+def test_master_weights_follow_what_was_written(fused: bool) -> None:
+    (param,) = make_params([(3, 64)], torch.bfloat16)
+    mine = FusedSGD([param], lr=0.1, fused=fused, master_weights=torch.float32)
+    set_grads([param], seed=0)
+    mine.step()
+    before = mine.master_weights()[param]
+    with torch.no_grad():
+        param[1] = 7.0
+    after = mine.master_weights()[param]
+    assert same_bits(after[0], before[0])
+    assert same_bits(after[2], before[2])
+    assert bool((after[1] == 7.0).all())
+
+
+def test_master_weights_of_a_state_that_does_not_fit() -> None:
+    (param,) = make_params([(3, 64)], torch.bfloat16)
+    mine = FusedSGD([("weight", param)], lr=0.1, master_weights="split")
+    mine.state[param]["remainder"] = torch.zeros(3, dtype=torch.int16)
+    with pytest.raises(RuntimeError, match=r"'weight'.*its remainder has another shape"):
+        mine.master_weights()
+
+
+@FUSED
+@pytest.mark.parametrize("missing", ["momentum_codes", "momentum_scale"])
+def test_half_an_int8_momentum_is_refused(missing: str, fused: bool) -> None:
+    """It would begin anew, without a word."""
+    (param,) = make_params([(3, 64)])
+    mine = FusedSGD([("weight", param)], lr=0.1, momentum=0.9, fused=fused, momentum_dtype=torch.int8)
+    set_grads([param], seed=0)
+    mine.step()
+    del mine.state[param][missing]
+    unchanged = snapshot(mine)
+    with pytest.raises(RuntimeError, match=f"'weight'.*its {missing} is missing"):
+        mine.step()
+    unchanged()
+    mine.state[param].clear()
+    mine.step()
