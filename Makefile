@@ -6,6 +6,7 @@
 #   make test-integrations   the same on torch $(TORCH_INTEGRATIONS) where that matters, and tests with timm and torchvision
 #   make bench               measures every optimizer, 10 minutes at most; QUICK=1 takes one
 #   make bench-report        benchmarks/REPORT.md and its plots, from all files in benchmarks/results
+#   make docs                README, the guides and a reference from the docstrings as a site, in build/docs
 #   make gpu-check           what only an NVIDIA GPU can show: builds, tests, sanitizers, benchmark (tests/gpu_check.py)
 #   make lint                ruff, mypy and clang-format, as CI runs them
 #   make format              rewrites the sources as `make lint` wants them
@@ -28,7 +29,7 @@ PACKAGE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(wildcard
            $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu)
 CXX_SOURCES := $(wildcard csrc/*/*.h) $(wildcard csrc/*/*.cpp) $(wildcard csrc/*/*.cu) $(wildcard tests/native/*) $(wildcard benchmarks/peers/*.c*)
 
-.PHONY: help demo test test-integrations bench bench-report gpu-check lint format clean
+.PHONY: help demo test test-integrations bench bench-report docs gpu-check lint format clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -51,6 +52,10 @@ bench: $(VENV)/installed $(VENV)/peers
 
 bench-report: $(VENV)/dependencies
 	$(VENV)/bin/python -m benchmarks report
+
+docs: $(VENV)/installed $(VENV)/docs
+	$(VENV)/bin/sphinx-build -q -W -c docs . build/docs
+	@echo build/docs/README.html
 
 # With the machine's own Python and torch: no environment is made, nothing is installed.
 gpu-check:
@@ -88,6 +93,10 @@ $(VENV_INTEGRATIONS)/dependencies: requirements/build.txt requirements/test.txt 
 $(VENV)/peers: requirements/peers.txt $(VENV)/dependencies
 	grep -v '^#' requirements/peers.txt | while read -r peer; do \
 	    $(VENV)/bin/pip install $(PIP_FLAGS) --no-deps "$$peer" || echo "not installed: $$peer"; done
+	touch $@
+
+$(VENV)/docs: requirements/docs.txt $(VENV)/dependencies
+	$(VENV)/bin/pip install $(PIP_FLAGS) torch==$(TORCH) -r requirements/docs.txt
 	touch $@
 
 $(VENV)/lint: requirements/lint.txt $(VENV)/dependencies

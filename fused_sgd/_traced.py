@@ -19,7 +19,7 @@ import torch
 from fused_sgd._judge import judge, name_of, place, state_tensor, state_tensors
 from fused_sgd._new_state import new_state
 from fused_sgd._norms import Found
-from fused_sgd._precision import Group
+from fused_sgd._precision import Group, storage
 from fused_sgd._settling import Settling
 from torch import Tensor
 
@@ -60,8 +60,12 @@ class Traced(Settling):
 
     def _traced_step(self, closure: Callable[[], float] | None = None) -> float | None:
         """What ``step()`` is to Dynamo."""
-        if closure is not None or self._holds_averages or hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
-            return self._leave_graph(closure)
+        if closure is not None:
+            return self._leave_graph("its closure runs outside the graph", closure)
+        if self._holds_averages:
+            return self._leave_graph("it is inside swap_ema()")
+        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+            return self._leave_graph("there is a grad_scale, from a GradScaler or set by hand")
         params: list[Tensor] = []
         grads: list[Tensor] = []
         states: list[Tensor] = []
@@ -72,9 +76,10 @@ class Traced(Settling):
             its_params: list[Tensor] = []
             its_grads: list[Tensor] = []
             its_states: list[Tensor] = []
-            description = self._init_group(options, its_params, its_grads, its_states, _constants(options))
-            if description is None:
-                return self._leave_graph(closure)
+            obstacles: list[str] = []
+            description = self._init_group(options, its_params, its_grads, its_states, obstacles, _constants(options))
+            if obstacles:
+                return self._leave_graph(obstacles[0])
             params.extend(its_params)
             grads.extend(its_grads)
             states.extend(its_states)
@@ -95,8 +100,9 @@ class Traced(Settling):
         params: list[Tensor],
         grads: list[Tensor],
         states: list[Tensor],
+        obstacles: list[str],
         constants: tuple[Any, ...],
-    ) -> str | None:
+    ) -> str:
         """Fills the lists with what one param group has to be stepped, and makes the state that is not there yet.
 
         Dynamo knows a method of this name and does not trace it: it is called while the step is compiled, with the
@@ -107,33 +113,42 @@ class Traced(Settling):
             params: a list to fill.
             grads: likewise.
             states: likewise, with all state tensors of each parameter.
+            obstacles: likewise, with the reason why the group must not be traced, if there is one.
             constants: what _constants() says of the group, as the code that is traced has it at this point.
 
         Returns:
-            The group's description for the operator; or None where it must not be traced.
+            The group's description for the operator.
         """
-        if constants != _constants(options) or options["differentiable"]:
-            return None  # what the code being traced has changed becomes real only when the graph was left
+        if constants != _constants(options):  # the change becomes real only when the graph was left
+            obstacles.append("an option that is no number was changed before it")
+            return ""
+        if options["differentiable"]:
+            obstacles.append("differentiable=True")
+            return ""
         indices, keys = [], []
-        try:
-            for index, param in enumerate(options["params"]):
-                if param.grad is None:
-                    continue
-                for tensor in (param, param.grad):
-                    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-                    if not plain or tensor.is_complex():  # which Inductor cannot give to an operator that writes lists
-                        return None
+        for index, param in enumerate(options["params"]):
+            if param.grad is None:
+                continue
+            if obstacle := _obstacle(options, param, param.grad):
+                obstacles.append(f"{name_of(options, index) or f'parameter {index}'}: {obstacle}")
+                return ""
+            try:
                 self._make_state(options, index)
                 kept = state_tensors(options, param, self.state)
-                there = {key: tensor for key, tensor in kept.items() if tensor is not None}
-                params.append(param)
-                grads.append(param.grad)
-                states.extend(there.values())
-                indices.append(index)
-                keys.append([*there])
+            except TypeError:
+                obstacles.append("a state that is no dict")
+                return ""
+            there = {key: tensor for key, tensor in kept.items() if tensor is not None}
+            params.append(param)
+            grads.append(param.grad)
+            states.extend(there.values())
+            indices.append(index)
+            keys.append([*there])
+        try:
             return _describe(options, indices, keys)
-        except TypeError:  # an option that is nothing plain, a state that is no dict
-            return None
+        except TypeError:
+            obstacles.append("an option is nothing plain")
+            return ""
 
     def _make_state(self, options: Group, index: int) -> None:
         group = next(number for number, one in enumerate(self.param_groups) if one is options)
@@ -148,28 +163,26 @@ class Traced(Settling):
             if tensor is None:
                 self.state[param][key] = new_state(key, param, self.param_groups, group)
 
-    def _leave_graph(self, closure: Callable[[], float] | None) -> float | None:
-        torch._dynamo.graph_break(
-            msg="a step with a closure, a GradScaler or swap_ema(), of DTensors, sparse or complex tensors,"
-            " with differentiable=True, or after an option was changed in the same graph"
-        )
+    def _leave_graph(self, why: str, closure: Callable[[], float] | None = None) -> float | None:
+        torch._dynamo.graph_break(msg=f"FusedSGD.step() leaves the graph: {why}")
         result: float | None = self._step_outside(closure)
         return result
 
     def _owns(self, params: list[Tensor], states: list[Tensor], groups: list[dict[str, Any]]) -> bool:
-        """Whether these are this optimizer's own tensors, and in its order."""
+        """Whether these are this optimizer's own tensors, each in its place."""
         if len(groups) != len(self.param_groups):
             return False
         its_params, its_states = iter(params), iter(states)
         for options, described in zip(self.param_groups, groups, strict=True):
-            own = iter(options["params"])
-            for keys in described["keys"]:
+            own = options["params"]
+            for index, keys in zip(described["indices"], described["keys"], strict=True):
                 param = next(its_params)
-                if not any(one is param for one in own):
+                if index >= len(own) or own[index] is not param:
                     return False
-                kept = self.state.get(param, {})
-                if any(kept.get(key) is not next(its_states) for key in keys):
-                    return False
+                kept = self.state.get(param)
+                for key in keys:
+                    if kept is None or kept.get(key) is not next(its_states):
+                        return False
         return True
 
     def _adopt_findings(self, made: Any, described: list[dict[str, Any]]) -> None:
@@ -220,6 +233,20 @@ def _constants(options: Group) -> tuple[Any, ...]:
     return (*[options.get(key) for key in CONSTANTS], momentum)
 
 
+def _obstacle(options: Group, param: Tensor, grad: Tensor) -> str:
+    """Why a parameter cannot be stepped in a graph, or an empty string."""
+    for tensor in (param, grad):
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            return f"a {type(tensor).__name__}, {tensor.layout}"
+        if tensor.is_complex():
+            return "Inductor cannot give complex tensors to an operator that writes lists"
+    if storage(options, param).beside == "master":
+        # Compiled code counts every write of a graph as one more version of the parameter. So each step would look at
+        # each element for what someone else has written, which takes many times longer than the step.
+        return 'float32 masters; master_weights="split" has the same values'
+    return ""
+
+
 # --- The operator -----------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +256,7 @@ def _describe(options: Group, indices: list[int], keys: list[list[str]]) -> str:
 
     numbers = [key for key in NUMBERS if options.get(key) is not None]
     described = {
-        "indices": indices,  # of the parameters, for messages
+        "indices": indices,  # of the parameters
         "names": [name_of(options, index) or f"parameter {index}" for index in indices],
         "keys": keys,  # of their state
         "numbers": [key for key in numbers if not isinstance(options[key], Tensor)],
@@ -268,6 +295,17 @@ def _step(
     groups: list[str],
     optimizer: int = 0,
 ) -> None:
+    """``torch.ops.fused_sgd.step_``: steps ``params`` and ``states``, in place.
+
+    Args:
+        params: the parameters that have a gradient, of all groups.
+        grads: their gradients.
+        states: their state tensors, in the order of each group's ``keys``.
+        scalars: hyperparameters that are tensors, in the order of each group's ``scalars``.
+        numbers: those that are numbers: float64, a row of ``NUMBERS`` for each group.
+        groups: what _describe() says of each.
+        optimizer: the handle of the one whose tensors these may be, or 0.
+    """
     described = [_parse(description) for description in groups]
     for name, found, wanted in (
         ("params", len(params), sum(len(group["keys"]) for group in described)),
@@ -300,7 +338,7 @@ def _make_optimizer(
     options: list[dict[str, Any]],
 ) -> Traced:
     """An optimizer for tensors that belong to none; it keeps nothing that was not given."""
-    import fused_sgd
+    import fused_sgd  # which imports this module
 
     its_params, its_grads, its_states = iter(params), iter(grads), iter(states)
     groups, state = [], {}

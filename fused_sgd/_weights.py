@@ -62,7 +62,7 @@ class Weights(Settling):
 
         Everything else is seen by itself. Where a float32 master does not round to its parameter, it becomes the
         parameter's value. (With ``master_weights="split"`` the parameter is a part of the master, and edits of it count
-        at once.)
+        at once. The other part, ``remainder`` in the state, stays: zero it where the written value is to be exact.)
 
         Raises:
             RuntimeError: inside :meth:`swap_ema`, where parameters hold what is no master's.
@@ -76,12 +76,13 @@ class Weights(Settling):
         """The exact float32 values of the parameters that have master weights, for an export or an evaluation.
 
         Of the parameters of groups with ``master_weights``, the bfloat16 and float16 ones: fresh float32 tensors of
-        their shapes, on their devices, by parameter. With ``"split"`` they are put together from parameter and
-        remainder. Where a parameter was written after its last step, or had none, it is the parameter's value.
+        their shapes, on their devices, by parameter; empty where there are none. Before a parameter's first step it is
+        the parameter's value, and with ``torch.float32`` also where the parameter was written since. (With ``"split"``
+        a write leaves the remainder, up to half a bfloat16's last bit; see :meth:`refresh_master_weights`.)
 
         Example:
             >>> exact = optimizer.master_weights()
-            >>> torch.save({name: exact.get(p, p.detach()) for name, p in model.named_parameters()}, "float32.pt")
+            >>> weights = {name: exact.get(p, p.detach()).float() for name, p in model.named_parameters()}
 
         Raises:
             RuntimeError: inside :meth:`swap_ema`, where parameters hold what is no master's.

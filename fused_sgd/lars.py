@@ -21,6 +21,9 @@ class FusedLARS(FusedSGD):
     formula. Biases and norms are usually left without weight decay, and so without adaptation: see
     :func:`fused_sgd.param_groups`.
 
+    Arguments not listed here are those of :class:`FusedSGD`; norms are taken after clipping, and ``foreach=True`` is
+    refused.
+
     Args:
         params: parameters, named parameters, or dicts that define param groups.
         lr: learning rate.
@@ -34,9 +37,6 @@ class FusedLARS(FusedSGD):
         always_adapt: whether parameters without weight decay adapt, too.
         lr_in_momentum: whether the momentum buffer accumulates what was multiplied by the learning rate, as in the
             paper and in MLPerf's reference; timm multiplies afterwards.
-        maximize, foreach, differentiable, fused, max_grad_norm, skip_nonfinite, momentum_dtype, master_weights,
-            stochastic_rounding, ema_decay, norm_process_group: as for :class:`FusedSGD`; gradient norms are taken after
-            clipping. ``foreach=True`` is refused.
         decoupled_weight_decay: refused; here because optimizers are rebuilt from their defaults.
 
     Raises:

@@ -260,7 +260,7 @@ class FusedSGD(Traced, Weights):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The global L2 norm of the gradients of the last step: after unscaling, before clipping.
+        """The global L2 norm of the gradients of the last step, after unscaling and before clipping.
 
         A fresh 0-dim float64 tensor on the parameters' device, so that asking does not wait for it. ``None`` where no
         norm was computed: none was needed, the step failed, or a GradScaler had found an overflow already. After

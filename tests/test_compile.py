@@ -71,7 +71,6 @@ OPTIONS: dict[str, tuple[type[FusedSGD], torch.dtype, dict[str, Any]]] = {
     "average": (FusedSGD, torch.bfloat16, {"ema_decay": 0.9}),
     "lars": (FusedLARS, torch.float32, {"weight_decay": 0.1, "max_grad_norm": 0.1}),
     "float64": (FusedSGD, torch.float64, {"weight_decay": 0.1}),
-    "master": (FusedSGD, torch.bfloat16, {"master_weights": "float32"}),
     "split": (FusedSGD, torch.bfloat16, {"master_weights": "split"}),
     "stochastic": (FusedSGD, torch.bfloat16, {"stochastic_rounding": True}),
     "int8": (FusedSGD, torch.float32, {"momentum_dtype": torch.int8}),
@@ -124,16 +123,42 @@ def test_strange_tensors(case: str, backend: str) -> None:
     assert_same(mine, theirs, params, expected)
 
 
-def test_complex_parameters_are_stepped_outside_the_graph() -> None:
-    params = make_params(SHAPES, torch.complex64)
+OUTSIDE: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "complex tensors": (torch.complex64, {}),
+    "float32 masters": (torch.bfloat16, {"master_weights": torch.float32}),
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_what_is_stepped_outside_the_graph(case: str) -> None:
+    dtype, options = OUTSIDE[case]
+    params = make_params(SHAPES, dtype)
     expected = copies(params)
-    mine, theirs = FusedSGD(params, lr=0.1, momentum=0.9), FusedSGD(expected, lr=0.1, momentum=0.9)
+    mine, theirs = (FusedSGD(given, lr=0.1, momentum=0.9, **options) for given in (params, expected))
     step = torch.compile(mine.step, backend="inductor")
     for number in range(3):
         set_grads(params, expected, seed=number)
         step()
         theirs.step()
-    assert_same(mine, theirs, params, expected)
+    same_state(mine, theirs)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"leaves the graph: parameter 0: .*{case}"):
+        compiled(mine.step)()
+
+
+@pytest.mark.parametrize("with_scaler", [True, False])
+def test_the_graph_break_says_why(with_scaler: bool) -> None:
+    (param,) = make_params([(5,)])
+    optimizer = FusedSGD([param], lr=0.1, ema_decay=0.9)
+    set_grads([param], seed=0)
+    optimizer.step()
+    if with_scaler:
+        optimizer.grad_scale = 2.0
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="there is a grad_scale, from a GradScaler or set by"):
+            compiled(optimizer.step)()
+    else:
+        with optimizer.swap_ema(), pytest.raises(torch._dynamo.exc.Unsupported, match="it is inside swap_ema"):
+            compiled(optimizer.step)()
 
 
 def same_found(mine: FusedSGD, theirs: FusedSGD) -> None:
