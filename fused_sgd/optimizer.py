@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from fused_sgd._checkpoint import OFF, PATH_KEYS, STORAGE_KEYS, Shared, as_saved, unpack, without_unset_momentum
 from fused_sgd._explain import Explanation, explain
-from fused_sgd._hooks import outside_dynamo, with_hooks
+from fused_sgd._hooks import with_hooks
 from fused_sgd._hyperparameters import (
     check_defaults,
     check_duplicates,
@@ -22,13 +22,12 @@ from fused_sgd._native import C
 from fused_sgd._norms import make_reduce
 from fused_sgd._settling import overflowed, plan_step
 from fused_sgd._state import State
-from fused_sgd._traced import Traced
 from fused_sgd._weights import Weights
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 
-class FusedSGD(Traced, Weights):
+class FusedSGD(Weights):
     r"""Stochastic gradient descent, with the bits of :class:`torch.optim.SGD` and one pass for the whole model.
 
     A replacement for :class:`torch.optim.SGD`: same arguments, same defaults, same state. In float32 and float64 the
@@ -139,7 +138,6 @@ class FusedSGD(Traced, Weights):
         self._skipped = 0
         self._found = None
         self._holds_averages = False
-        self._take_handle()
         super().__init__(params, defaults)
         self.state = State(self._plan, self.state)
 
@@ -170,7 +168,7 @@ class FusedSGD(Traced, Weights):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @with_hooks(Traced._traced_step)
+    @with_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step.
 
@@ -206,9 +204,6 @@ class FusedSGD(Traced, Weights):
             self._forget_norms()
             raise
         return loss
-
-    _step_itself = step.__wrapped__  # type: ignore[attr-defined]
-    _step_outside = outside_dynamo(_step_itself)
 
     def explain(self) -> Explanation:
         """Which path each parameter takes, in which storage format, and why.
@@ -351,7 +346,6 @@ class FusedSGD(Traced, Weights):
             self.norm_process_group = self.norm_process_group.it
             self._plan = None if C is None else C.Plan()
             self._holds_averages = False
-            self._take_handle()
         elif self._plan is not None:
             self._plan.forget()  # but not what a CUDA graph may have kept of it
         self._forget_norms()

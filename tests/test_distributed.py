@@ -46,44 +46,6 @@ def test_fsdp2(tmp_path: Path) -> None:
     )
 
 
-def test_a_compiled_step(tmp_path: Path) -> None:
-    """DTensors are stepped outside the graph, plain shards in it, with the norm over both processes."""
-    run_two(
-        tmp_path,
-        """
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
-
-    for clip, backend in ((None, "eager"), (0.1, "eager"), (0.1, "aot_eager")):
-        models = [nn.Linear(5, 7), nn.Linear(5, 7)]
-        models[1].load_state_dict(models[0].state_dict())
-        shards = [nn.Parameter(torch.ones(3) * (RANK + 1)) for _ in models]
-        for model in models:
-            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        for params, group in (
-            (lambda i: models[i].parameters(), None),
-            (lambda i: [shards[i]], dist.group.WORLD),
-        ):
-            mine, theirs = (
-                FusedSGD(params(i), **OPTIONS, max_grad_norm=clip, norm_process_group=group) for i in range(2)
-            )
-            step = torch.compile(mine.step, backend=backend)
-            for number in range(3):
-                torch.manual_seed(number)
-                for p, q in zip(params(0), params(1)):
-                    p.grad = torch.randn_like(p)
-                    q.grad = p.grad.clone()
-                step()
-                theirs.step()
-            for p, q in zip(params(0), params(1)):
-                local = [t.to_local() if hasattr(t, "to_local") else t for t in (p, q)]
-                assert torch.equal(*local), (clip, backend, group)
-            if clip is not None:
-                assert torch.equal(mine.grad_norm, theirs.grad_norm)
-    """,
-    )
-
-
 def test_dtensors_of_other_placements_take_the_reference(tmp_path: Path) -> None:
     run_two(
         tmp_path,
