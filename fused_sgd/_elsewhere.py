@@ -14,7 +14,7 @@ from fused_sgd._precision import (
     Storage,
     from_blocks,
     narrowed,
-    refresh_master,
+    refresh_masters,
     round_stochastically,
     storage,
     to_blocks,
@@ -141,7 +141,7 @@ def _weights(param: Tensor, inner: dict[str, Any], kept: Storage) -> Tensor:
     if not kept.beside:
         return param
     if kept.beside == "master":
-        refresh_master(param, inner["master"])
+        refresh_masters([(param, inner["master"])])
         master: Tensor = inner["master"]
         return master
     p = local(param)

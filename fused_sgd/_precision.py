@@ -6,6 +6,7 @@ The formats themselves are in _storage.py. What the options of a param group mea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from fused_sgd.reference import fill_unset, is_unset, unset
 from torch import Tensor
 
 Group = dict[str, Any]
+
+_LOOKED_AT_TOGETHER = 1 << 20  # elements: what masters and parameters are then copied into is small
 
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 MASTER_WEIGHTS = (torch.float32, "float32", "split")
@@ -126,13 +129,36 @@ def narrowed(master: Tensor, dtype: torch.dtype) -> Tensor:
     return split_round(master)[0] if dtype == torch.bfloat16 else master.to(dtype)
 
 
-def refresh_master(param: Tensor, master: Tensor) -> None:
-    """Takes over what was written into the parameter: where the master does not round to it, the master is wrong."""
-    p, m = local(param.detach()), local(master)
+def _following(p: Tensor, m: Tensor) -> Tensor:
+    """A master after someone wrote into its parameter: where it does not round to that, it is wrong."""
+    rounded = narrowed(m, p.dtype)
+    same = (rounded == p) | (rounded.isnan() & p.isnan())
+    return torch.where(same, m, p.to(m.dtype))
+
+
+def refresh_masters(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Takes over into masters what was written into their parameters.
+
+    Args:
+        pairs: parameters and their masters. Small ones are looked at together, since each look is a dozen operations.
+    """
+    batches: dict[tuple[torch.device, torch.dtype, int], list[tuple[Tensor, Tensor]]] = {}
+    elements: Counter[tuple[torch.device, torch.dtype]] = Counter()
+    for param, master in pairs:
+        p, m = local(param.detach()), local(master)
+        elements[p.device, p.dtype] += p.numel()
+        number = elements[p.device, p.dtype] // _LOOKED_AT_TOGETHER
+        batches.setdefault((p.device, p.dtype, number), []).append((p, m))
     with torch.no_grad():
-        rounded = narrowed(m, p.dtype)
-        same = (rounded == p) | (rounded.isnan() & p.isnan())
-        m.copy_(torch.where(same, m, p.to(m.dtype)))
+        for batch in batches.values():
+            if len(batch) == 1:
+                ((p, m),) = batch
+                m.copy_(_following(p, m))
+                continue
+            params, masters = (torch.cat([tensor.reshape(-1) for tensor in one]) for one in zip(*batch, strict=True))
+            parts = torch.split(_following(params, masters), [m.numel() for _, m in batch])
+            for (_, m), part in zip(batch, parts, strict=True):
+                m.copy_(part.view(m.shape))
 
 
 def exact_weights(param: Tensor, master: Tensor | None, remainder: Tensor | None) -> Tensor:
@@ -143,7 +169,7 @@ def exact_weights(param: Tensor, master: Tensor | None, remainder: Tensor | None
         if master is None:
             return param.detach().to(torch.float32)
         weights = master.clone()
-        refresh_master(param, weights)
+        refresh_masters([(param, weights)])
         return weights
 
 

@@ -14,7 +14,7 @@ from fused_sgd._judge import gradient, judge, place, state_tensor, too_large_mes
 from fused_sgd._native import C
 from fused_sgd._new_state import new_state
 from fused_sgd._norms import Found, Reduce, TrustRatio, squares
-from fused_sgd._precision import convert, drop_cast, refresh_master
+from fused_sgd._precision import convert, drop_cast, refresh_masters
 from fused_sgd._state import State
 from fused_sgd.reference import accumulation_dtype
 from torch import Tensor
@@ -70,6 +70,11 @@ class Settling(Optimizer):
         answer: tuple[Any, ...] | None = rest
         if rest[0] == "state":  # someone put another dict there
             self.state = State(self._plan, self.state)
+            answer = again()
+        if answer is not None and answer[0] == "written":
+            self._refresh(answer[1], self._undo)
+            for group, index in answer[1]:
+                self._plan.refreshed(group, index)
             answer = again()
         if answer is not None and answer[0] == "judge":
             self._admit(answer[1])
@@ -187,9 +192,7 @@ class Settling(Optimizer):
             admissions.append((group, index, judgement.combination, judgement.keys, judgement.is_copy, new or None))
         assert self._plan is not None
         self._take_converted(states)
-        for group, index, *_, is_copy, _ in admissions:
-            if is_copy:
-                self._refresh(group, index, self._undo)
+        self._refresh([(group, index) for group, index, *_, is_copy, _ in admissions if is_copy], self._undo)
         for admission in admissions:
             self._plan.admit(*admission)
 
@@ -218,16 +221,20 @@ class Settling(Optimizer):
                 said += changes
         self._say_converted(said)
 
-    def _refresh(self, group: int, index: int, undo: list[Callable[[], Any]] | None = None) -> None:
-        param = self.param_groups[group]["params"][index]
-        master = state_tensor(self.state, param, "master")
-        if master is None:
-            return
-        if problem := unsound_state("master", master, param, param):
-            raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
+    def _refresh(self, entries: list[tuple[int, int]], undo: list[Callable[[], Any]] | None = None) -> None:
+        """Takes over what was written into parameters, into the masters of those that have one."""
+        pairs = []
+        for group, index in entries:
+            param = self.param_groups[group]["params"][index]
+            master = state_tensor(self.state, param, "master")
+            if master is None:
+                continue
+            if problem := unsound_state("master", master, param, param):
+                raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
+            pairs.append((param, master))
         if undo is not None:
-            undo.append(functools.partial(master.copy_, master.clone()))
-        refresh_master(param, master)
+            undo += [functools.partial(master.copy_, master.clone()) for _, master in pairs]
+        refresh_masters(pairs)
 
     def _judge_all(self) -> list[tuple[int, int]]:
         """Judges every parameter that has a gradient; for steps without a plan."""

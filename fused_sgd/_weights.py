@@ -68,9 +68,8 @@ class Weights(Settling):
             RuntimeError: inside :meth:`swap_ema`, where parameters hold what is no master's.
         """
         self._refuse_averages("refresh_master_weights()")
-        for group, options in enumerate(self.param_groups):
-            for index in range(len(options["params"])):
-                self._refresh(group, index)
+        groups = enumerate(self.param_groups)
+        self._refresh([(group, index) for group, options in groups for index in range(len(options["params"]))])
 
     def master_weights(self) -> dict[Tensor, Tensor]:
         """The exact float32 values of the parameters that have master weights, for an export or an evaluation.

@@ -187,3 +187,53 @@ def test_a_step_that_is_none_takes_over_and_converts_nothing(fused: bool, fails:
         assert_same(mine, theirs, params, expected, f"at step {step}")
         for p, q in zip(params, expected, strict=True):
             assert same_bits(mine.state[p]["master"], theirs.state[q]["master"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_written_into_many_parameters_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a clamp of all weights after each step does it: only what was written changes, and nothing is judged anew."""
+    shapes = [(5,), (0, 3), (), (1 << 20, 1), (2, 3, 4, 4), (1000, 600), (7, 3), (1000, 600)]
+    params = make_params(shapes, dtype)
+    params[4] = params[4].detach().to(memory_format=torch.channels_last).requires_grad_()
+    expected = copies(params)
+    mine = FusedSGD(params, lr=0.1, momentum=0.9, master_weights=torch.float32)
+    theirs = FusedSGD(expected, lr=0.1, momentum=0.9, master_weights=torch.float32, fused=False)
+    set_grads(params, expected, seed=0)
+    mine.step()
+    theirs.step()
+    monkeypatch.setattr(mine, "_admit", None)
+    for number in range(1, 3):
+        before = [mine.state[param]["master"].clone() for param in params]
+        with torch.no_grad():
+            for param in [*params, *expected]:
+                if param.dim() != 1:
+                    param.clamp_(-0.5, 0.5)
+        weights = mine.master_weights()
+        for param, master in zip(params, before, strict=True):
+            was_clamped = rounded(master, dtype) != param
+            assert same_bits(weights[param], torch.where(was_clamped, param.float(), master))
+        set_grads(params, expected, seed=number)
+        mine.step()
+        theirs.step()
+        for param, other in zip(params, expected, strict=True):
+            assert same_bits(param, other)
+            assert same_bits(mine.state[param]["master"], theirs.state[other]["master"])
+
+
+def test_a_skipped_step_gives_back_what_it_took_over() -> None:
+    params = make_params([(5,), (7, 3)], torch.bfloat16)
+    mine = FusedSGD(params, lr=0.1, master_weights=torch.float32, skip_nonfinite=True)
+    set_grads(params, seed=0)
+    mine.step()
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    before = [mine.state[param]["master"].clone() for param in params]
+    assert params[1].grad is not None
+    params[1].grad[0] = torch.inf
+    mine.step()
+    if params[0].device.type == "cpu":  # a GPU decides alone
+        assert all(same_bits(mine.state[p]["master"], master) for p, master in zip(params, before, strict=True))
+    params[1].grad[0] = 0.0
+    params[0].grad = torch.zeros_like(params[0])
+    mine.step()
+    assert bool((mine.state[params[0]]["master"] == 3.0).all())

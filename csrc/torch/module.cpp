@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan", plan_takes_part_in_gc())
       .def(py::init<>())
       .def("admit", &Plan::admit)
+      .def("refreshed", &Plan::refreshed)
       .def("watch", &Plan::watch)
       .def("totals", &Plan::totals)
       .def("row_squares", &Plan::row_squares)

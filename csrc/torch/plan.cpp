@@ -230,6 +230,12 @@ void Plan::admit(int64_t g, int64_t i, int combination, const py::tuple& keys, b
   written_moved_ = true;
 }
 
+void Plan::refreshed(int64_t g, int64_t i) {
+  Entry& e = groups_.at(g).entries.at(i);
+  const at::Tensor* param = local_tensor(e.param.get());
+  if (param != nullptr) e.version = param->unsafeGetTensorImpl()->version_counter().current_version();
+}
+
 uint8_t Plan::target_of(c10::Device device) {
   for (std::size_t i = 0; i < targets_.size(); ++i) {
     if (targets_[i].device == device) return static_cast<uint8_t>(i);

@@ -48,6 +48,8 @@ class Plan {
   //   ("invalid", group, key)        a hyperparameter is NaN, no number, or out of range
   //   ("differ", group, key)         an option of the whole optimizer is another one in this group
   //   ("judge", [(group, index)…])   these parameters must be judged: call admit() for each, then step() again
+  //   ("written", [(group, index)…]) someone else wrote into these parameters, which are copies of something in the
+  //                                  state: bring that up to date, call refreshed() for each, then step() again
   //   ("too large", group, key, index)  a hyperparameter does not fit float32, which this parameter is computed in
   //   ("freed", group, index, role)  a tensor's storage is smaller than the tensor
   //   ("overlap", (group, index, role), (group, index, role))   written memory is shared
@@ -58,10 +60,13 @@ class Plan {
   // or (combination < 0) left to Python for the step that follows at once.
   // combination: its line of FSGD_COMBINATIONS. keys: (key, column, elementwise) for each state tensor: its place in
   // the table's row, and whether it is walked in the parameter's strides. is_copy: the parameter is a copy of something
-  // in the state, and to be judged again when someone else has written it. new_states: tensors by key, to put into the
+  // in the state, and reported when someone else has written it. new_states: tensors by key, to put into the
   // state with the next step; or None.
   void admit(int64_t group, int64_t index, int combination, const pybind11::tuple& keys, bool is_copy,
              pybind11::object new_states);
+
+  // A parameter's copy of what is in the state is now that of the parameter as it is.
+  void refreshed(int64_t group, int64_t index);
 
   // `state` will report every change of itself, by forget_state(); so what was found in it may be kept.
   void watch(pybind11::object state);

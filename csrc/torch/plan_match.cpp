@@ -165,7 +165,6 @@ bool Plan::holds(Entry& entry, Active& active, const at::Tensor& grad, bool mome
   if (entry.momentum != momentum) return false;
   active.param = entry.is_dtensor ? local_tensor(entry.param.get()) : &THPVariable_Unpack(entry.param.get());
   if (active.param == nullptr || !entry.param_print->matches(*active.param->unsafeGetTensorImpl())) return false;
-  if (entry.written_by_others(*active.param->unsafeGetTensorImpl())) return false;
   const auto here = [&] { return entry.param_print->locate(*active.param->unsafeGetTensorImpl(), true); };
   if (entry.is_copy && here() != entry.home) return false;
   active.grad = local_gradient(grad);
@@ -228,7 +227,7 @@ py::object Plan::scan() {
   for (Target& target : targets_) target.packer.start(static_cast<int>(columns));
   grads_moved_ = any_staged_ = any_new_ = any_copies_ = repeats_ = false;
   bool simple = true;  // enough for plan_steady.cpp
-  py::object to_judge;
+  py::object to_judge, written;
   for (std::size_t g = 0; g < groups_.size(); ++g) {
     GroupEntry& group = groups_[g];
     int target = -1;  // the last parameter's
@@ -263,6 +262,10 @@ py::object Plan::scan() {
         active_.pop_back();
         continue;
       }
+      if (entry.written_by_others(*a.param->unsafeGetTensorImpl())) {
+        if (!written) written = py::list();
+        written.cast<py::list>().append(py::make_tuple(g, i));
+      }
       simple = simple && !entry.is_dtensor && !entry.staged();
       if (too_large != kKeyCount && !computed_in_double(entry.combination)) {
         return py::make_tuple("too large", g, kKeyNames[too_large], i);
@@ -284,6 +287,7 @@ py::object Plan::scan() {
       }
     }
   }
+  if (written) return py::make_tuple("written", written);  // first: what is judged is for the call that follows at once
   if (to_judge) return py::make_tuple("judge", to_judge);
   std::vector<uint32_t> rows(targets_.size(), 0);
   for (Active& a : active_) {
