@@ -41,6 +41,7 @@ def nothing_compiled() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module="torch.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="Guards may run slower on Python 3.13.0")
         yield
 
 
