@@ -225,16 +225,20 @@ class Settling(Optimizer):
         """Takes over what was written into parameters, into the masters of those that have one."""
         pairs = []
         for group, index in entries:
-            param = self.param_groups[group]["params"][index]
-            master = state_tensor(self.state, param, "master")
-            if master is None:
-                continue
-            if problem := unsound_state("master", master, param, param):
-                raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
-            pairs.append((param, master))
+            master = self._sound_state(group, index, "master")
+            if master is not None:
+                pairs.append((self.param_groups[group]["params"][index], master))
         if undo is not None:
             undo += [functools.partial(master.copy_, master.clone()) for _, master in pairs]
         refresh_masters(pairs)
+
+    def _sound_state(self, group: int, index: int, key: str) -> Tensor | None:
+        """A tensor of a parameter's state, if it is there; raises RuntimeError where it cannot be the parameter's."""
+        param = self.param_groups[group]["params"][index]
+        tensor = state_tensor(self.state, param, key)
+        if tensor is not None and (problem := unsound_state(key, tensor, param, param)):
+            raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
+        return tensor
 
     def _judge_all(self) -> list[tuple[int, int]]:
         """Judges every parameter that has a gradient; for steps without a plan."""

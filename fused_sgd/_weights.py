@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from fused_sgd._judge import place, state_tensor, unsound_state
 from fused_sgd._precision import exact_weights, storage
 from fused_sgd._settling import Settling
 from fused_sgd.reference import is_unset
@@ -27,7 +26,8 @@ class Weights(Settling):
 
         Raises:
             RuntimeError: no param group has an ``ema_decay``; and inside it, for another ``swap_ema()``, ``step()``,
-                ``state_dict()``, ``load_state_dict()``, ``refresh_master_weights()`` and copies of the optimizer.
+                ``state_dict()``, ``load_state_dict()``, ``master_weights()``, ``refresh_master_weights()`` and copies
+                of the optimizer.
         """
         self._refuse_averages("swap_ema()")
         if all(options["ema_decay"] is None for options in self.param_groups):
@@ -35,12 +35,9 @@ class Weights(Settling):
         averaged = []
         for number, options in enumerate(self.param_groups):
             for index, param in enumerate(options["params"] if options["ema_decay"] is not None else ()):
-                average = state_tensor(self.state, param, "ema")
-                if average is None:
-                    continue
-                if problem := unsound_state("ema", average, param, param):
-                    raise RuntimeError(f"{place(self.param_groups, number, index)}: {problem}")
-                averaged.append((param, average, param.detach().clone()))
+                average = self._sound_state(number, index, "ema")
+                if average is not None:
+                    averaged.append((param, average, param.detach().clone()))
         self._holds_averages = True
         try:
             with torch.no_grad():
@@ -90,11 +87,7 @@ class Weights(Settling):
         found = {}
         for group, options in enumerate(self.param_groups):
             for index, param in enumerate(options["params"]):
-                if not storage(options, param).has_master:
-                    continue
-                kept = {key: state_tensor(self.state, param, key) for key in ("master", "remainder")}
-                for key, tensor in kept.items():
-                    if tensor is not None and (problem := unsound_state(key, tensor, param, param)):
-                        raise RuntimeError(f"{place(self.param_groups, group, index)}: {problem}")
-                found[param] = exact_weights(param, **kept)
+                if storage(options, param).has_master:
+                    kept = {key: self._sound_state(group, index, key) for key in ("master", "remainder")}
+                    found[param] = exact_weights(param, **kept)
         return found

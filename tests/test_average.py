@@ -89,6 +89,7 @@ def test_what_raises_inside_swap_ema(fused: bool) -> None:
             "state_dict": optimizer.state_dict,
             "load_state_dict": lambda: optimizer.load_state_dict(saved),
             "swap_ema": lambda: optimizer.swap_ema().__enter__(),
+            "master_weights": optimizer.master_weights,
         }.items():
             with pytest.raises(RuntimeError, match=rf"^{what}\(\) inside swap_ema\(\)"):
                 call()

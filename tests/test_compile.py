@@ -105,7 +105,6 @@ def test_what_a_compiled_function_changes_before_the_step_counts() -> None:
     params = make_params(SHAPES)
     expected = copies(params)
     mine, theirs = FusedSGD(params, lr=0.1, momentum=0.9), torch.optim.SGD(expected, lr=0.1, momentum=0.9)
-
     set_grads(params, expected, seed=9)
     mine.step()
     theirs.step()

@@ -65,7 +65,7 @@ class Plan {
   void admit(int64_t group, int64_t index, int combination, const pybind11::tuple& keys, bool is_copy,
              pybind11::object new_states);
 
-  // A parameter's copy of what is in the state is now that of the parameter as it is.
+  // What a parameter is a copy of is up to date with it, as it is now.
   void refreshed(int64_t group, int64_t index);
 
   // `state` will report every change of itself, by forget_state(); so what was found in it may be kept.
